@@ -1,0 +1,1784 @@
+// mp: a multi-layer perceptron trained in mixed precision, every kernel written by hand, in the order of the article
+// that walkthrough.md reads with you. Its section numbers stand in the banners: 2.1, 4.2.2 and so on; E1 to E5 are the
+// article's equations.
+//
+// It does: fp16 or bf16 storage and arithmetic with fp32 sums, fp32 master weights, dynamic loss scaling, plain SGD.
+// It refuses: convolutions, other optimizers, several GPUs, a framework. At most 700 lines of method and 1,800 in all.
+//
+//   make run                    builds it and learns the digits in data/, with a GPU or without
+//   make test                   proves it
+//   build/mp train --help       what can be switched off, to see what it was good for
+//
+// The same kernels run on an NVIDIA GPU and, thread by thread, on a CPU: mp.h, part 2. Start reading at train_step().
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <chrono>
+#include <climits>
+#include <cmath>
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <set>
+#include <string_view>
+
+#include "mp.h"
+
+// ==== 2.1 Number formats: a float rounded to 16 bits, and back ======================================================
+__host__ __device__ inline uint32_t bits_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+__host__ __device__ inline float float_of(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+
+__host__ __device__ half float_to_half(float x) {
+  const uint32_t sign = bits_of(x) >> 16 & 0x8000, u = bits_of(x) & 0x7fffffff;
+  uint32_t h = 0;
+  //{ float_to_half
+  if (u > 0x7f800000) {
+    h = 0x7e00;  // NaN
+  } else if (u >= 0x477ff000) {
+    h = 0x7c00;  // from 65520 on, halfway between the largest half and 65536: infinity
+  } else {
+    const int exponent = int(u >> 23) - 127;
+    const int dropped = exponent >= -14 ? 13 : -1 - exponent;  // bits; a subnormal half counts in steps of 2^-24
+    const uint32_t significand = (u & 0x7fffff) | 0x800000;    // 24 bits, the leading 1 made visible
+    if (dropped <= 24) {                                       // else below 2^-25: zero
+      const uint32_t rest = significand & ((1u << dropped) - 1), tie = 1u << (dropped - 1);
+      h = significand >> dropped;
+      if (rest > tie || (rest == tie && (h & 1))) h++;          // to nearest, a tie to the even neighbour
+      if (exponent >= -14) h += uint32_t(exponent + 14) << 10;  // a carry out of the fraction belongs there too
+    }
+  }
+  //}
+  return half{uint16_t(sign | h)};
+}
+
+__host__ __device__ float half_to_float(half h) {
+  const uint32_t sign = (h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31, fraction = h.bits & 1023;
+  float x = 0;
+  //{ half_to_float
+  if (exponent == 31)
+    x = float_of(0x7f800000 | fraction << 13);  // infinity, NaN
+  else if (exponent > 0)
+    x = float_of((exponent + 112) << 23 | fraction << 13);  // 112 = 127 - 15, the biases
+  else
+    x = float(fraction) * 0x1p-24f;  // subnormal, zero
+  //}
+  return float_of(sign | bits_of(x));
+}
+
+__host__ __device__ bfloat16 float_to_bfloat16(float x) {
+  const uint32_t u = bits_of(x);
+  uint32_t b = 0;
+  //{ float_to_bfloat16
+  b = (u + 0x7fff + (u >> 16 & 1)) >> 16;                 // half a step less one bit, the bit if that makes it even
+  if ((u & 0x7fffffff) > 0x7f800000) b = u >> 16 | 0x40;  // NaN, before the carry could make it something else
+  //}
+  return bfloat16{uint16_t(b)};
+}
+__host__ __device__ float bfloat16_to_float(bfloat16 b) { return float_of(uint32_t(b.bits) << 16); }
+
+// Kernels are written once for the three types, and move 8 neighbouring numbers at a time: 16 or 32 bytes.
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(half x) { return machine_float(x); }
+__device__ __forceinline__ float to_float(bfloat16 x) { return bfloat16_to_float(x); }
+template <class T>
+__device__ T round_to(float x);
+template <>
+__device__ __forceinline__ float round_to(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ half round_to(float x) {
+  return machine_half(x);
+}
+template <>
+__device__ __forceinline__ bfloat16 round_to(float x) {
+  return float_to_bfloat16(x);
+}
+template <class T, int n>
+struct alignas(n == 8 ? 16 : sizeof(T)) Group {
+  T v[n];
+};
+template <class T, int n>
+__device__ __forceinline__ void load(const T* p, float (&x)[n]) {
+  const Group<T, n> group = *(const Group<T, n>*)p;
+  UNROLL for (int j = 0; j < n; j++) x[j] = to_float(group.v[j]);
+}
+template <class T, int n>
+__device__ __forceinline__ void store(T* p, const float (&x)[n]) {
+  Group<T, n> group;
+  UNROLL for (int j = 0; j < n; j++) group.v[j] = round_to<T>(x[j]);
+  *(Group<T, n>*)p = group;
+}
+
+// Calls f with a zero of the C++ type that `type` names.
+template <class F>
+void with_type(Type type, F f) {
+  if (type == Type::fp16)
+    f(half{});
+  else if (type == Type::bf16)
+    f(bfloat16{});
+  else
+    f(0.f);
+}
+
+// ==== 2.3 The architecture: one training step, boxes A to H ==========================================================
+void train_step(Mlp& net, const Batch& batch, LossScaler& scaler, float lr) {
+  //{ train_step
+  preprocess(net, batch, &scaler);                   // A B  pixels / 255, rounded to the compute type
+  for (int l = 1; l <= net.L; l++) forward(net, l);  // C D  E2  z = a W^T + b, a = f(z): 16 bits in and out, fp32 sums
+  loss(net, scaler);                                 // E    E1  in fp32
+  output_delta(net, scaler);                         // F    E3  dL/dz of the last layer, times the loss scale, rounded
+  for (int l = net.L; l >= 1; l--) {
+    weight_gradient(net, l);      //      E5  dW = delta^T a
+    if (l > 1) backward(net, l);  //      E4  delta = (delta W) * f'(z)
+  }
+  unscale_and_check(net, scaler);  // G    is every gradient finite?
+  update(net, scaler, lr);         //      master -= lr g / scale, if so; new compute copies
+  scaler.update();                 //      the next step's scale. H, the output: predict()
+  //}
+}
+
+// Boxes A and B. On a GPU the images lie in its memory as bytes; the step counter there says whose turn it is, so that
+// the host need not wait. n elements are shared out 8 at a time: element_threads a block, elements_per_block each.
+struct Share {
+  int begin, end, step;
+};
+__device__ __forceinline__ Share my_share(int n) {
+  const int begin = int(blockIdx.x) * elements_per_block, end = begin + elements_per_block;
+  return {begin + int(threadIdx.x) * 8, end < n ? end : n, int(blockDim.x) * 8};
+}
+template <class... P, class... A>
+void launch_elements(void (*kernel)(P...), int n, A... args) {
+  launch(kernel, unsigned((n + elements_per_block - 1) / elements_per_block), element_threads, args...);
+}
+
+template <class T>
+__global__ void preprocess_kernel(Batch batch, const StepState* state, T* a0, int in, int stride) {
+  const int first = state ? state->position * batch.rows : 0;
+  const Share share = my_share(batch.rows * stride);
+  for (int i = share.begin; i < share.end; i += share.step) {
+    const int row = i / stride, col = i % stride;
+    const size_t sample = size_t(batch.order ? batch.order[first + row] : first + row);
+    float a[8] = {};
+    if (batch.x) {
+      for (int j = 0; j < 8 && col + j < in; j++) a[j] = batch.x[sample * in + col + j];
+    } else if (col + 8 <= in) {
+      const uint8_t* pixel = batch.pixels + sample * in + col;
+      UNROLL for (int j = 0; j < 8; j++) a[j] = pixel[j] / 255.f;
+    } else {
+      for (int j = 0; col + j < in; j++) a[j] = batch.pixels[sample * in + col + j] / 255.f;
+    }
+    store(a0 + i, a);
+  }
+}
+__global__ void targets_kernel(Batch batch, const StepState* state, float* y, int classes, int stride) {
+  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= batch.rows) return;
+  const int place = (state ? state->position * batch.rows : 0) + row;
+  const size_t sample = size_t(batch.order ? batch.order[place] : place);
+  for (int c = 0; c < classes; c++)
+    y[row * stride + c] = batch.y ? batch.y[sample * classes + c] : batch.labels[sample] == c ? 1.f : 0.f;
+}
+static dim3 rows_grid(int rows) { return unsigned(rows + row_threads - 1) / row_threads; }
+void preprocess(Mlp& net, const Batch& batch, const LossScaler* scaler) {
+  const Tensor& a0 = net.layer[0].a;
+  const StepState* state = scaler ? scaler->state.get() : nullptr;
+  net.rows = batch.rows;
+  with_type(a0.type, [&](auto zero) {
+    using T = decltype(zero);
+    launch_elements(preprocess_kernel<T>, batch.rows * a0.stride, batch, state, a0.as<T>(), a0.cols, a0.stride);
+  });
+  if (batch.labels || batch.y)
+    launch(targets_kernel, rows_grid(batch.rows), row_threads, batch, state, net.y.as<float>(), net.y.cols,
+           net.y.stride);
+}
+
+// ==== 3.2 step 1: the parameters begin in fp32
+// ========================================================================
+void fail(const char* format, ...) {
+  char text[1000];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  for (char* c = text; *c; c++) {  // names from a file may hold line ends and what moves a terminal's cursor
+    if (uint8_t(*c) < ' ' || *c == 127) *c = '?';
+  }
+  throw Error(text);
+}
+
+#define CHECK(call) check(call, #call, __FILE__, __LINE__)
+static void check(cudaError_t error, const char* call, const char* file, int line) {
+  if (error != cudaSuccess) fail("%s:%d: %s: %s", file, line, call, cudaGetErrorString(error));
+}
+template <class T>
+static std::shared_ptr<T> device_array(size_t count) {
+  const size_t bytes = count * sizeof(T) + 64;
+  void* p = nullptr;
+  if (cudaMalloc(&p, bytes) != cudaSuccess)
+    fail("out of memory: no room for another %.1f MiB; make --batch or --layers smaller", double(bytes) / (1 << 20));
+  CHECK(cudaMemset(p, 0, bytes));
+  return std::shared_ptr<T>(static_cast<T*>(p), [](T* memory) { cudaFree(memory); });
+}
+
+template <class T>
+static std::shared_ptr<T> on_device(const std::vector<T>& values) {
+  const std::shared_ptr<T> memory = device_array<T>(values.size());
+  CHECK(cudaMemcpy(memory.get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return memory;
+}
+
+static int padded(int cols) { return (cols + 7) / 8 * 8; }
+Tensor make_tensor(int rows, int cols, Type type) {
+  if (rows < 1 || cols < 1 || (int64_t(cols) + 7) * rows > 1 << 30)  // kernels index with ints
+    fail("[%d, %d] is no size for a tensor: both at least 1, and at most 2^30 numbers in all", rows, cols);
+  Tensor t;
+  t.rows = rows, t.cols = cols, t.stride = padded(cols), t.type = type;
+  t.memory = device_array<char>(t.bytes());
+  return t;
+}
+Tensor first_rows(const Tensor& t, int rows) {
+  Tensor view = t;
+  view.rows = rows;
+  return view;
+}
+// [rows, cols] of the numbers of a flat tensor, from number `first` on
+static Tensor part_of(const Tensor& flat, int first, int rows, int cols) {
+  Tensor view = flat;
+  view.rows = rows, view.cols = cols, view.stride = padded(cols);
+  view.memory = std::shared_ptr<char>(flat.memory, flat.memory.get() + first * (flat.type == Type::fp32 ? 4 : 2));
+  return view;
+}
+std::vector<float> to_host(const Tensor& t) {
+  std::vector<uint32_t> raw(t.bytes() / 4);
+  CHECK(cudaMemcpy(raw.data(), t.memory.get(), t.bytes(), cudaMemcpyDeviceToHost));
+  const uint16_t* raw_16 = reinterpret_cast<const uint16_t*>(raw.data());
+  std::vector<float> values;
+  for (int row = 0; row < t.rows; row++)
+    for (int i = row * t.stride; i < row * t.stride + t.cols; i++)
+      values.push_back(t.type == Type::fp32   ? float_of(raw[i])
+                       : t.type == Type::fp16 ? half_to_float(half{raw_16[i]})
+                                              : bfloat16_to_float(bfloat16{raw_16[i]}));
+  return values;
+}
+void to_device(const std::vector<float>& values, const Tensor& t) {
+  if (values.size() != size_t(t.rows) * t.cols)
+    fail("%zu numbers do not fill a tensor of [%d, %d]", values.size(), t.rows, t.cols);
+  std::vector<uint32_t> raw(t.bytes() / 4);
+  uint16_t* raw_16 = reinterpret_cast<uint16_t*>(raw.data());
+  for (int row = 0; row < t.rows; row++)
+    for (int col = 0; col < t.cols; col++) {
+      const float x = values[size_t(row) * t.cols + col];
+      const int i = row * t.stride + col;
+      if (t.type == Type::fp32)
+        raw[i] = bits_of(x);
+      else
+        raw_16[i] = t.type == Type::fp16 ? float_to_half(x).bits : float_to_bfloat16(x).bits;
+    }
+  CHECK(cudaMemcpy(t.memory.get(), raw.data(), t.bytes(), cudaMemcpyHostToDevice));
+}
+
+Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update) {
+  if (sizes.size() < 2) fail("a network needs at least an input and an output layer");
+  if (type == Type::fp32 && update != Update::master) fail("fp32 weights lose nothing in an update: master is theirs");
+  Mlp net;
+  net.L = int(sizes.size()) - 1, net.batch = net.rows = batch, net.update = update;
+  net.layer.resize(sizes.size());
+  for (int l = 0; l <= net.L; l++) {
+    Layer& layer = net.layer[l];
+    layer.type = type;
+    layer.a = make_tensor(batch, sizes[l], type);
+    if (l == 0) continue;
+    const int in = sizes[l - 1], out = sizes[l];
+    if ((int64_t(in) + 8) * out > 1 << 30) fail("a layer of %d x %d has more than 2^30 weights", out, in);
+    const int W_size = out * padded(in), n = W_size + padded(out);
+    layer.delta = make_tensor(batch, out, type);
+    layer.gradients = make_tensor(1, n, type);
+    if (update == Update::master) layer.master = make_tensor(1, n, Type::fp32);
+    if (update == Update::kahan) layer.compensation = make_tensor(1, n, type);
+    layer.weights = type == Type::fp32 ? layer.master : make_tensor(1, n, type);
+    layer.W = part_of(layer.weights, 0, out, in), layer.b = part_of(layer.weights, W_size, 1, out);
+    layer.dW = part_of(layer.gradients, 0, out, in), layer.db = part_of(layer.gradients, W_size, 1, out);
+  }
+  net.y = make_tensor(batch, sizes.back(), Type::fp32);
+  net.row_loss = make_tensor(1, batch, Type::fp32), net.log_sum_exp = make_tensor(1, batch, Type::fp32);
+  return net;
+}
+// The parameters as they are kept: the master, or the weights where there is none
+static const Tensor& kept(const Layer& layer) { return layer.master.memory ? layer.master : layer.weights; }
+Tensor kept_W(const Layer& layer) { return part_of(kept(layer), 0, layer.W.rows, layer.W.cols); }
+Tensor kept_b(const Layer& layer) { return part_of(kept(layer), layer.W.rows * layer.W.stride, 1, layer.W.rows); }
+void set_parameters(Layer& layer, const std::vector<float>& W, const std::vector<float>& b) {
+  to_device(W, kept_W(layer)), to_device(b, kept_b(layer));
+  to_device(W, layer.W), to_device(b, layer.b);
+}
+
+// Random numbers by counting: the i-th of a seed, wherever and whenever it is asked for (splitmix64).
+__host__ __device__ inline uint64_t random_bits(uint64_t seed, uint64_t i) {
+  uint64_t z = seed * 0xd1342543de82ef95u + (i + 1) * 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+static double uniform(uint64_t seed, uint64_t i) { return (double(random_bits(seed, i) >> 11) + 0.5) * 0x1p-53; }
+
+void initialise(Mlp& net) {
+  for (int l = 1; l <= net.L; l++) {
+    const uint64_t seed = random_bits(net.seed, l);
+    std::vector<float> W(size_t(net.layer[l].W.rows) * net.layer[l].W.cols);
+    const double deviation = std::sqrt(2.0 / net.layer[l].W.cols);  // He: the variance is 2 / in
+    for (size_t i = 0; i < W.size(); i++)  // two uniform numbers make a normal one (Box and Muller)
+      W[i] = float(deviation * std::sqrt(-2 * std::log(uniform(seed, 2 * i))) *
+                   std::cos(6.283185307179586 * uniform(seed, 2 * i + 1)));
+    set_parameters(net.layer[l], W, std::vector<float>(net.layer[l].W.rows));
+  }
+}
+
+// ==== 4.1 E1: the loss ===============================================================================================
+// E1 as the article has it, L = 1/2 sum (y - z)^2, and beside it softmax cross-entropy, L = -sum y log softmax(z).
+// Either in fp32 from the 16-bit logits z, a thread a row. The article leaves the batch out: here L is the mean over
+// its rows.
+template <class T>
+__global__ void loss_kernel(Loss kind, const T* z, int stride, const float* y, int stride_y, int classes, int rows,
+                            float* log_sum_exp, float* row_loss) {
+  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  z += size_t(row) * stride, y += size_t(row) * stride_y;
+  float L = 0;
+  //{ E1 loss
+  if (kind == Loss::squared_error) {
+    for (int i = 0; i < classes; i++) L += 0.5f * (y[i] - to_float(z[i])) * (y[i] - to_float(z[i]));
+  } else {
+    float largest = to_float(z[0]), sum = 0;  // subtracted, so that exp cannot overflow
+    for (int i = 1; i < classes; i++) largest = to_float(z[i]) > largest ? to_float(z[i]) : largest;
+    for (int i = 0; i < classes; i++) sum += expf(to_float(z[i]) - largest);
+    log_sum_exp[row] = largest + logf(sum);
+    for (int i = 0; i < classes; i++)
+      if (y[i] != 0) L += y[i] * (log_sum_exp[row] - to_float(z[i]));  // log softmax(z) = z - log sum exp(z)
+  }
+  //}
+  row_loss[row] = L;
+}
+__global__ void mean_kernel(const float* row_loss, int rows, StepState* state) {  // one block of 32, a fixed order
+  __shared__ float part[32];
+  poison_shared(part);
+  const int thread = threadIdx.x;
+  float sum = 0;
+  for (int row = thread; row < rows; row += 32) sum += row_loss[row];
+  part[thread] = sum;
+  __syncthreads();
+  if (thread > 0) return;
+  for (int i = 1; i < 32; i++) sum += part[i];
+  state->loss = sum / float(rows);
+}
+void loss(Mlp& net, LossScaler& scaler) {
+  const Tensor& z = net.layer[net.L].a;
+  with_type(z.type, [&](auto zero) {
+    using T = decltype(zero);
+    launch(loss_kernel<T>, rows_grid(net.rows), row_threads, net.loss, z.as<T>(), z.stride, net.y.as<float>(),
+           net.y.stride, z.cols, net.rows, net.log_sum_exp.as<float>(), net.row_loss.as<float>());
+  });
+  launch(mean_kernel, 1, 32, net.row_loss.as<float>(), net.rows, scaler.state.get());
+}
+
+// ==== 4.2.1 E2: forward, z = a W^T + b, a = f(z) ===================================================================
+// The article's z = W a for a batch of rows, with the bias and the activation that it leaves out. z itself is not kept:
+// it is the argument of f alone, and ReLU's derivative can be read off a.
+void forward(Mlp& net, int l) {
+  const Tensor a_before = first_rows(net.layer[l - 1].a, net.rows);
+  const Tensor a = first_rows(net.layer[l].a, net.rows);
+  const Layer& layer = net.layer[l];
+  //{ E2 forward
+  Epilogue bias_and_f;
+  bias_and_f.bias = &layer.b;
+  bias_and_f.relu = net.relu && l < net.L;
+  gemm_tiled(Layout::ABt, a_before, layer.W, a, bias_and_f);
+  //}
+}
+
+// ==== 4.2.2 E3, E4: backward
+// ========================================================================================== E3. The derivative of 1/2
+// (y - z)^2 is z - y (the article halves it), that of cross-entropy softmax(z) - y; both divided by the batch, for L is
+// a mean. Times the loss scale in fp32, before the one rounding to 16 bits: a derivative under 2^-25 would become zero
+// there.
+template <class T>
+__global__ void output_delta_kernel(Loss kind, const T* z, T* delta, int stride, const float* y, int stride_y,
+                                    int classes, int rows, const float* log_sum_exp, const StepState* state) {
+  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  z += size_t(row) * stride, delta += size_t(row) * stride, y += size_t(row) * stride_y;
+  //{ E3 output delta
+  for (int i = 0; i < classes; i++) {
+    const float prediction = kind == Loss::squared_error ? to_float(z[i]) : expf(to_float(z[i]) - log_sum_exp[row]);
+    delta[i] = round_to<T>((prediction - y[i]) / float(rows) * state->scale);
+  }
+  //}
+}
+void output_delta(Mlp& net, const LossScaler& scaler) {
+  const Layer& last = net.layer[net.L];
+  with_type(last.type, [&](auto zero) {
+    using T = decltype(zero);
+    launch(output_delta_kernel<T>, rows_grid(net.rows), row_threads, net.loss, last.a.as<T>(), last.delta.as<T>(),
+           last.a.stride, net.y.as<float>(), net.y.stride, last.a.cols, net.rows, net.log_sum_exp.as<float>(),
+           scaler.state.get());
+  });
+}
+
+// E4. forward was z = f(z_before) W^T + b, so dL/dz_before = (dL/dz W) * f'(z_before); the article leaves f' out. f is
+// ReLU: f' is 1 where a is above 0, else 0.
+void backward(Mlp& net, int l) {
+  const Layer &layer = net.layer[l], &before = net.layer[l - 1];
+  const Tensor delta = first_rows(layer.delta, net.rows), delta_before = first_rows(before.delta, net.rows);
+  //{ E4 backward
+  Epilogue times_f_prime;
+  if (net.relu) times_f_prime.mask = &before.a;
+  gemm_tiled(Layout::AB, delta, layer.W, delta_before, times_f_prime);
+  //}
+}
+
+// ==== 4.2.3 E5: the weight gradient, dW = delta^T a, db = column sums of delta =======================================
+template <class T>
+__global__ void column_sums_kernel(const T* delta, int stride, int rows, T* db) {
+  const int col = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+  if (col >= stride) return;
+  float sum[8] = {}, x[8];
+  for (int row = 0; row < rows; row++) {
+    load(delta + size_t(row) * stride + col, x);
+    UNROLL for (int j = 0; j < 8; j++) sum[j] += x[j];
+  }
+  store(db + col, sum);
+}
+void weight_gradient(Mlp& net, int l) {
+  const Layer& layer = net.layer[l];
+  const Tensor delta = first_rows(layer.delta, net.rows), a_before = first_rows(net.layer[l - 1].a, net.rows);
+  //{ E5 weight gradient
+  gemm_tiled(Layout::AtB, delta, a_before, layer.dW);  // the sum over the batch is the product's own
+  with_type(layer.type, [&](auto zero) {
+    using T = decltype(zero);
+    const unsigned blocks = unsigned(delta.stride / 8 + 31) / 32;
+    launch(column_sums_kernel<T>, blocks, 32, delta.as<T>(), delta.stride, delta.rows, layer.db.as<T>());
+  });
+  //}
+}
+
+// ==== The matrix products behind E2, E4 and E5: the ladder
+// ============================================================
+struct Operands {  // what a kernel needs to know of one product
+  const void *A, *B, *bias, *mask;
+  void* C;
+  int stride_a, stride_b, stride_c, stride_mask, M, N, K;
+  bool relu;
+};
+// The end of every product: bias, ReLU or the mask of its derivative, on n neighbouring results of one row.
+template <class T, int n>
+__device__ __forceinline__ void finish(const Operands& p, int row, int col, float (&c)[n]) {
+  float x[n];
+  if (p.bias) {
+    load((const T*)p.bias + col, x);
+    UNROLL for (int j = 0; j < n; j++) c[j] += x[j];
+  }
+  if (p.relu) {
+    UNROLL for (int j = 0; j < n; j++) c[j] = c[j] < 0 ? 0 : c[j];
+  }
+  if (p.mask) {
+    load((const T*)p.mask + size_t(row) * p.stride_mask + col, x);
+    UNROLL for (int j = 0; j < n; j++) c[j] = x[j] <= 0 ? 0 : c[j];
+  }
+  store((T*)p.C + size_t(row) * p.stride_c + col, c);
+}
+
+// Rung 1: a thread a result. The equation itself, and the oracle for the rungs above.
+template <Layout layout, class T>
+__global__ void gemm_naive_kernel(Operands p) {
+  const int m = blockIdx.y * blockDim.y + threadIdx.y, n = blockIdx.x * blockDim.x + threadIdx.x;
+  if (m >= p.M || n >= p.N) return;
+  const T *A = (const T*)p.A, *B = (const T*)p.B;
+  float c[1] = {};
+  //{ gemm_naive
+  for (int k = 0; k < p.K; k++) {
+    const T a = layout == Layout::AtB ? A[size_t(k) * p.stride_a + m] : A[size_t(m) * p.stride_a + k];
+    const T b = layout == Layout::ABt ? B[size_t(n) * p.stride_b + k] : B[size_t(k) * p.stride_b + n];
+    c[0] += to_float(a) * to_float(b);
+  }
+  //}
+  finish<T>(p, m, n, c);
+}
+
+// Rung 2: a block computes a tile of BM x BN results. It brings the operands into shared memory BK at a time, as
+// floats, where each number is read BM or BN times instead of from far away; each thread keeps 8 x WIDE results in
+// registers.
+//
+// load_floats: rows x cols numbers from g on, transposed if asked. What does not exist is left as it is: it could only
+// reach results that do not exist either, but for a row's padding, which gets zeros.
+template <bool transposed, int rows, int cols, int threads, class T>
+__device__ __forceinline__ void load_floats(float* tile, const T* g, int stride, int rows_left, int cols_left) {
+  for (unsigned i = threadIdx.x; i < rows * cols / 8; i += threads) {
+    const int r = transposed ? i % rows : i / (cols / 8), c = (transposed ? i / rows : i % (cols / 8)) * 8;
+    const int left = cols_left - c;
+    if (r >= rows_left || left <= 0) continue;
+    float x[8] = {};
+    if (left >= 8) load(g + size_t(r) * stride + c, x);
+    else for (int j = 0; j < left; j++) x[j] = to_float(g[size_t(r) * stride + c + j]);
+    if (!transposed) store(tile + r * cols + c, x);
+    else UNROLL for (int j = 0; j < 8; j++) tile[(c + j) * rows + r] = x[j];
+  }
+}
+constexpr int BM = 64, BN = 64, BK = 64, tiled_threads = BM / 8 * (BN / (WIDES * WIDE));
+template <Layout layout, class T> __global__ void __launch_bounds__(tiled_threads) gemm_tiled_kernel(Operands p) {
+  constexpr bool a_across = layout == Layout::AtB;
+  constexpr int a_row = a_across ? 1 : BK, a_k = a_across ? BM : 1;  // A's tile lies as A does; B's is [k][n] always
+  alignas(64) __shared__ float a_tile[BM * BK], b_tile[BK * BN];
+  poison_shared(a_tile), poison_shared(b_tile);
+  const int thread = threadIdx.x, m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, M = p.M - m0, N = p.N - n0;
+  const int m = thread % (BM / 8) * 8, n = thread / (BM / 8) * WIDES * WIDE;  // this thread's results, in the tile
+  const T* A = (const T*)p.A + (a_across ? m0 : size_t(m0) * p.stride_a);
+  const T* B = (const T*)p.B + (layout == Layout::ABt ? size_t(n0) * p.stride_b : n0);
+  Wide sum[8][WIDES] = {};
+  for (int K = p.K; K > 0; K -= BK) {  // numbers left to sum over
+    //{ gemm_tiled
+    if (a_across) load_floats<false, BK, BM, tiled_threads>(a_tile, A, p.stride_a, K, M);
+    else load_floats<false, BM, BK, tiled_threads>(a_tile, A, p.stride_a, M, K);
+    if (layout == Layout::ABt) load_floats<true, BN, BK, tiled_threads>(b_tile, B, p.stride_b, N, K);
+    else load_floats<false, BK, BN, tiled_threads>(b_tile, B, p.stride_b, K, N);
+    __syncthreads();  // the tiles are whole
+    const float *a = a_tile + m * a_row, *b = b_tile + n;
+    for (int k = m < M && n < N ? 0 : BK; k < BK && k < K; k++, a += a_k, b += BN) {
+      Wide row[WIDES];
+      UNROLL for (int w = 0; w < WIDES; w++) row[w] = ((const Wide*)b)[w];
+      UNROLL for (int i = 0; i < 8; i++)
+        UNROLL for (int w = 0; w < WIDES; w++) add_product(sum[i][w], a[i * a_row], row[w]);
+    }
+    __syncthreads();  // nobody reads them any more
+    A += a_across ? size_t(BK) * p.stride_a : BK;
+    B += layout == Layout::ABt ? BK : size_t(BK) * p.stride_b;
+    //}
+  }
+  UNROLL for (int i = 0; i < 8; i++)
+    UNROLL for (int j = 0; j < WIDES * WIDE; j += 8) {
+      float c[8];
+      UNROLL for (int e = 0; e < 8; e++) c[e] = element(sum[i][j / WIDE], j % WIDE + e);
+      if (m + i < M && n + j < N) finish<T>(p, m0 + m + i, n0 + n + j, c);
+    }
+}
+
+static Operands operands(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
+  const int K = layout == Layout::AtB ? A.rows : A.cols;
+  const bool a_fits = (layout == Layout::AtB ? A.cols : A.rows) == C.rows;
+  const bool b_fits = layout == Layout::ABt ? B.rows == C.cols && B.cols == K : B.cols == C.cols && B.rows == K;
+  const bool bias_fits = !e.bias || e.bias->cols == C.cols;
+  const bool mask_fits = !e.mask || (e.mask->rows >= C.rows && e.mask->cols == C.cols);
+  if (!a_fits || !b_fits || !bias_fits || !mask_fits || K < 1)
+    fail("a matrix product of [%d, %d] and [%d, %d] does not fit into [%d, %d], its bias or its mask", A.rows, A.cols,
+         B.rows, B.cols, C.rows, C.cols);
+  if (A.type != C.type || B.type != C.type || (e.bias && e.bias->type != C.type) || (e.mask && e.mask->type != C.type))
+    fail("a matrix product of different types");
+  return {A.memory.get(),
+          B.memory.get(),
+          e.bias ? e.bias->memory.get() : nullptr,
+          e.mask ? e.mask->memory.get() : nullptr,
+          C.memory.get(),
+          A.stride,
+          B.stride,
+          C.stride,
+          e.mask ? e.mask->stride : 0,
+          C.rows,
+          C.cols,
+          K,
+          e.relu};
+}
+// Calls f with the layout as a type, so that kernels know it when they are compiled.
+template <class F> void with_layout(Layout layout, F f) {
+  if (layout == Layout::ABt) f(std::integral_constant<Layout, Layout::ABt>());
+  else if (layout == Layout::AB) f(std::integral_constant<Layout, Layout::AB>());
+  else f(std::integral_constant<Layout, Layout::AtB>());
+}
+void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue) {
+  const Operands p = operands(layout, A, B, C, epilogue);
+  const dim3 grid(unsigned(p.N + 15) / 16, unsigned(p.M + 15) / 16), block(16, 16);
+  with_type(C.type, [&](auto zero) {
+    with_layout(layout, [&](auto known) { launch(gemm_naive_kernel<known.value, decltype(zero)>, grid, block, p); });
+  });
+}
+void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue) {
+  const Operands p = operands(layout, A, B, C, epilogue);
+  const dim3 grid(unsigned(p.N + BN - 1) / BN, unsigned(p.M + BM - 1) / BM);
+  with_type(C.type, [&](auto zero) {
+    with_layout(layout, [&](auto known) {
+      launch(gemm_tiled_kernel<known.value, decltype(zero)>, grid, tiled_threads, p);
+    });
+  });
+}
+
+// ==== 3.1 Loss scaling
+// ================================================================================================
+LossScaler::LossScaler(float scale, float growth_, float backoff_, int interval_)
+    : growth(growth_), backoff(backoff_), interval(interval_), state(device_array<StepState>(1)) {
+  StepState s;
+  s.scale = scale;
+  write(s);
+}
+StepState LossScaler::read() const {
+  StepState s;
+  CHECK(cudaMemcpy(&s, state.get(), sizeof s, cudaMemcpyDeviceToHost));
+  return s;
+}
+void LossScaler::write(const StepState& s) { CHECK(cudaMemcpy(state.get(), &s, sizeof s, cudaMemcpyHostToDevice)); }
+
+// Box G: from a gradient times the loss scale to the gradient, in fp32, where it cannot vanish again. Whether it is
+// finite is asked before: an inf must not be divided away.
+__device__ __forceinline__ float unscaled(float scaled_gradient, float inverse_scale, int& found_inf) {
+  float gradient = 0;
+  //{ unscale_and_check
+  found_inf |= !(fabsf(scaled_gradient) <= 3.40282347e38f);  // written so that NaN, too, is found
+  gradient = scaled_gradient * inverse_scale;
+  //}
+  return gradient;
+}
+template <class T>
+__global__ void check_kernel(const T* gradients, int n, StepState* state) {
+  int found_inf[8] = {};
+  const Share share = my_share(n);
+  for (int i = share.begin; i < share.end; i += share.step) {
+    float g[8];
+    load(gradients + i, g);
+    UNROLL for (int j = 0; j < 8; j++) unscaled(g[j], 1, found_inf[j]);
+  }
+  for (int j = 0; j < 8; j++)
+    if (found_inf[j]) atomicOr(&state->found_inf, 1);
+}
+void unscale_and_check(Mlp& net, LossScaler& scaler) {
+  for (int l = 1; l <= net.L; l++) {
+    const Tensor& gradients = net.layer[l].gradients;
+    with_type(gradients.type, [&](auto zero) {
+      using T = decltype(zero);
+      launch_elements(check_kernel<T>, gradients.cols, gradients.as<T>(), gradients.cols, scaler.state.get());
+    });
+  }
+}
+
+// The scaler: after every step the next scale, exactly as torch.amp.GradScaler.update().
+__global__ void scaler_kernel(StepState* state, StepRecord* history, float growth, float backoff, int interval) {
+  StepState s = *state;
+  if (s.halted) return;
+  if (history) history[s.position] = {s.loss, s.scale, s.found_inf};
+  if (s.found_inf) s.skipped++;
+  //{ loss_scaling
+  if (s.found_inf) {
+    s.scale *= backoff;
+    s.growth_tracker = 0;
+  } else if (++s.growth_tracker == interval) {
+    s.growth_tracker = 0;
+    if (s.scale * growth <= 3.40282347e38f) s.scale *= growth;  // 2^127 doubled would be infinite
+  }
+  //}
+  // A smaller scale helps when a gradient was too large. It never will when the loss itself, which is not scaled, is
+  // inf or NaN, nor when unscaled gradients overflow: halt with the weights as they are, for the host to say why.
+  if (s.found_inf && growth > 1 && (s.scale < 1 || !(fabsf(s.loss) <= 3.40282347e38f))) {
+    state->halted = 1;  // scale and found_inf stay as they were: later steps of this epoch change nothing
+    return;
+  }
+  s.found_inf = 0, s.position++, s.step++;
+  *state = s;
+}
+void LossScaler::update() { launch(scaler_kernel, 1, 1, state.get(), history.get(), growth, backoff, interval); }
+
+// ==== 3.2 step 5: the update
+// ========================================================================================== The article's error
+// correction (3.1). lr * g is often less than half a unit in the last place of a 16-bit w, and then w - lr g rounds to
+// w: nothing is learnt. Four ways to add it up:
+//   master      an fp32 sum, of which the 16-bit weights are a rounded copy            6 bytes a weight
+//   half        w itself, rounded to nearest: what goes wrong without the others       2
+//   kahan       w, and what the rounding lost in a second 16-bit number                4
+//   stochastic  w, rounded up or down by chance, so that it is right on average        2
+template <class T>
+__device__ __forceinline__ float rounded(float x) {
+  return to_float(round_to<T>(x));
+}
+__host__ __device__ half stochastic_half(float x, uint64_t random) {
+  const uint32_t sign = bits_of(x) >> 16 & 0x8000, u = bits_of(x) & 0x7fffffff;
+  const int exponent = int(u >> 23) - 127;
+  if (u >= 0x477fe000) return float_to_half(x);  // from 65504 on there is no upper neighbour
+  uint32_t h = 0;
+  //{ stochastic_rounding
+  const int dropped = exponent >= -14 ? 13 : exponent > -64 ? -1 - exponent : 63;
+  const uint64_t significand = (u & 0x7fffff) | 0x800000, below = (uint64_t(1) << dropped) - 1;
+  h = uint32_t((significand + (random & below)) >> dropped);  // the dropped bits carry as often as they are large
+  if (exponent >= -14) h += uint32_t(exponent + 14) << 10;
+  //}
+  return half{uint16_t(sign | h)};
+}
+__host__ __device__ bfloat16 stochastic_bfloat16(float x, uint64_t random) {
+  const uint32_t u = bits_of(x);
+  if ((u & 0x7fffffff) >= 0x7f7f0000) return float_to_bfloat16(x);
+  return bfloat16{uint16_t((u + uint32_t(random & 0xffff)) >> 16)};
+}
+__device__ __forceinline__ float stochastic(half, float x, uint64_t random) {
+  return to_float(stochastic_half(x, random));
+}
+__device__ __forceinline__ float stochastic(bfloat16, float x, uint64_t random) {
+  return to_float(stochastic_bfloat16(x, random));
+}
+__device__ __forceinline__ float stochastic(float, float x, uint64_t) { return x; }
+
+template <class T>
+__global__ void update_kernel(Update rule, float* master, T* weights, T* compensation, const T* gradients, int n,
+                              float lr, uint64_t seed, const StepState* state) {
+  if (state->found_inf) return;  // one bad gradient skips the whole step
+  const Share share = my_share(n);
+  const float inverse_scale = float(1 / double(state->scale));
+  const uint64_t step_seed = random_bits(seed, state->step);
+  for (int i = share.begin; i < share.end; i += share.step) {
+    int checked_before = 0;
+    float g[8], w[8], c[8];
+    load(gradients + i, g);
+    UNROLL for (int j = 0; j < 8; j++) g[j] = unscaled(g[j], inverse_scale, checked_before);
+    if (rule == Update::master) {
+      load(master + i, w);
+      //{ update_master
+      UNROLL for (int j = 0; j < 8; j++) w[j] -= lr * g[j];
+      store(master + i, w);
+      //}
+    } else if (rule == Update::kahan) {
+      load(weights + i, w), load(compensation + i, c);
+      //{ update_kahan
+      for (int j = 0; j < 8; j++) {
+        const float u = rounded<T>(c[j] - lr * g[j]), sum = rounded<T>(w[j] + u);
+        c[j] = u + rounded<T>(w[j] - sum);  // what the sum has lost of u
+        w[j] = sum;
+      }
+      //}
+      store(compensation + i, c);
+    } else {
+      load(weights + i, w);
+      for (int j = 0; j < 8; j++) {
+        w[j] -= lr * g[j];
+        if (rule == Update::stochastic) w[j] = stochastic(T{}, w[j], random_bits(step_seed, uint64_t(i + j)));
+      }
+    }
+    if (sizeof(T) < 4 || rule != Update::master) store(weights + i, w);  // fp32 weights are the master
+  }
+}
+void update(Mlp& net, LossScaler& scaler, float lr) {
+  for (int l = 1; l <= net.L; l++) {
+    const Layer& layer = net.layer[l];
+    with_type(layer.type, [&](auto zero) {
+      using T = decltype(zero);
+      launch_elements(update_kernel<T>, layer.weights.cols, net.update, layer.master.as<float>(), layer.weights.as<T>(),
+                      layer.compensation.as<T>(), layer.gradients.as<T>(), layer.weights.cols, lr,
+                      random_bits(net.seed, 1000 + l), scaler.state.get());
+    });
+  }
+}
+
+// ==== 3.2 step 6: evaluation
+// ========================================================================================== Box H, the output: forward
+// alone, with the 16-bit weights that training uses, and the largest logit wins.
+std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
+  const size_t in = size_t(net.layer[0].a.cols), count = pixels.size() / in;
+  const std::shared_ptr<uint8_t> bytes = on_device(pixels);
+  std::vector<int> answer;
+  for (size_t first = 0; first < count; first += size_t(net.batch)) {
+    Batch batch;
+    batch.pixels = bytes.get() + first * in;
+    batch.rows = int(std::min(size_t(net.batch), count - first));
+    preprocess(net, batch, nullptr);
+    for (int l = 1; l <= net.L; l++) forward(net, l);
+    const std::vector<float> logits = to_host(first_rows(net.layer[net.L].a, batch.rows));
+    const size_t classes = logits.size() / size_t(batch.rows);
+    for (int row = 0; row < batch.rows; row++) {
+      const float* z = &logits[size_t(row) * classes];
+      answer.push_back(int(std::max_element(z, z + classes) - z));
+    }
+  }
+  return answer;
+}
+// ==== 4.3, 5.2 The example: 1-5-1
+// ====================================================================================== The article's listing as it
+// was meant: inputs 1, hidden 5, output 1 (one hidden layer: the article counts two), E1, SGD 0.01, 100 epochs, a
+// GradScaler; the data it leaves undefined are points of y = x^2. Written as in the article, without an activation, the
+// network is one linear map, and the best line through this parabola is flat.
+static std::vector<float> learn_parabola(bool relu, std::vector<float>& epoch_loss) {
+  const int n = 256, batch_rows = 4, epochs = 100;
+  std::vector<float> x, y;
+  std::vector<int> order;
+  for (int i = 0; i < n; i++) {
+    x.push_back(-1 + 2 * (i + 0.5f) / n), y.push_back(x.back() * x.back());
+    order.push_back(i * 101 % n);  // 101 and 256 have no common factor: every point once, neighbours far apart
+  }
+  Mlp net = make_mlp({1, 5, 1}, batch_rows, Type::fp16, Update::master);
+  net.relu = relu, net.loss = Loss::squared_error;
+  initialise(net);
+  LossScaler scaler;
+  const auto x_device = on_device(x), y_device = on_device(y);
+  const auto order_device = on_device(order);
+  Batch batch;
+  batch.x = x_device.get(), batch.y = y_device.get(), batch.order = order_device.get(), batch.rows = batch_rows;
+  for (int epoch = 0; epoch < epochs; epoch++) {
+    StepState state = scaler.read();
+    state.position = 0;
+    scaler.write(state);
+    double sum = 0;
+    for (int step = 0; step < n / batch_rows; step++) train_step(net, batch, scaler, 0.01f), sum += scaler.read().loss;
+    epoch_loss.push_back(float(sum / (n / batch_rows)));
+  }
+  std::vector<float> answer;
+  batch.y = nullptr, batch.order = nullptr;
+  for (int i = 0; i < n; i += batch_rows) {
+    batch.x = x_device.get() + i;
+    preprocess(net, batch, nullptr);
+    for (int l = 1; l <= net.L; l++) forward(net, l);
+    for (float z : to_host(net.layer[2].a)) answer.push_back(z);
+  }
+  return answer;
+}
+static int article() {
+  std::vector<float> line_loss, relu_loss;
+  const std::vector<float> line = learn_parabola(false, line_loss), relu = learn_parabola(true, relu_loss);
+  printf("%s · 1-5-1 · fp16, fp32 master, dynamic loss scale · E1, SGD 0.01, 256 points of y = x^2, batch 4\n\n",
+         machine().c_str());
+  printf("  epoch  loss without activation  loss with ReLU\n");
+  for (int epoch : {1, 3, 10, 30, 100})
+    printf("%7d  %23.5f  %14.5f\n", epoch, line_loss[epoch - 1], relu_loss[epoch - 1]);
+  printf("\n      x     x^2  without activation  with ReLU\n");
+  for (int i = 0; i < 256; i += 17) {
+    const float x = -1 + 2 * (i + 0.5f) / 256;
+    printf("%7.3f  %6.3f  %18.3f  %9.3f\n", x, x * x, line[i], relu[i]);
+  }
+  return 0;
+}
+
+// stb_image allocates whatever a file asks for, so its caller says first how large one allocation may be.
+static size_t stb_most = 0;  // bytes
+static void* stb_resize(void* old, size_t bytes) { return bytes <= stb_most ? std::realloc(old, bytes) : nullptr; }
+#define STBI_MALLOC(bytes) stb_resize(nullptr, bytes)
+#define STBI_REALLOC(old, bytes) stb_resize(old, bytes)
+#define STBI_FREE(old) std::free(old)
+#define STBI_ONLY_PNG
+#define STBI_ONLY_JPEG
+#define STBI_NO_STDIO
+#define STB_IMAGE_IMPLEMENTATION
+#include <stb/stb_image.h>
+
+// ==== 5.1 Data: sheets of digits, or MNIST's four files ==========================================================
+
+using Bytes = std::vector<uint8_t>;
+
+Bytes read_file(const std::string& path) {
+  struct stat info;
+  if (stat(path.c_str(), &info) != 0) fail("%s: %s; check the name", path.c_str(), strerror(errno));
+  if (S_ISDIR(info.st_mode)) fail("%s: this is a folder; name a file", path.c_str());
+  if (!S_ISREG(info.st_mode)) fail("%s: this is a device or a pipe; name a file", path.c_str());
+  if (info.st_size > INT_MAX) fail("%s: 2 GB or more, which no file for mp has; name another", path.c_str());
+  Bytes bytes(size_t(info.st_size));
+  errno = EIO;  // stays if the file got shorter meanwhile
+  std::ifstream stream(path, std::ios::binary);
+  if (!stream.read(reinterpret_cast<char*>(bytes.data()), info.st_size)) {
+    fail("%s: cannot be read: %s; check its permissions", path.c_str(), strerror(errno));
+  }
+  return bytes;
+}
+
+// parse(bytes of the file); it fails without the file's name, which is put before its message, and the advice after.
+template <class F>
+static auto parse_file(const std::string& path, const char* advice, F parse) {
+  const Bytes bytes = read_file(path);
+  try {
+    return parse(bytes);
+  } catch (const Error& error) {
+    fail("%s: %s; %s", path.c_str(), error.what(), advice);
+  }
+}
+
+// Whoever reads the path sees the old file or the new one, never half of it; after a power cut too, for the bytes reach
+// the disk before the name does.
+void write_file(const std::string& path, const std::string& bytes) {
+  struct stat info;
+  const bool old = stat(path.c_str(), &info) == 0;
+  if (old && !S_ISREG(info.st_mode)) fail("%s: this is a folder, a device or a pipe; name a file", path.c_str());
+  if (old && access(path.c_str(), W_OK) != 0) fail("%s: %s; name another file", path.c_str(), strerror(errno));
+  const auto target = old ? std::filesystem::canonical(path) : std::filesystem::path(path);  // where a link leads
+  const std::string temporary = target.string() + ".tmp" + std::to_string(getpid());
+  signal(SIGXFSZ, SIG_IGN);  // so that a limit on file sizes is an error, as a full disk is
+  FILE* const file = fopen(temporary.c_str(), "wb");
+  const bool written = file && fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size() && fflush(file) == 0 &&
+                       fsync(fileno(file)) == 0;
+  const int reason = written && rename(temporary.c_str(), target.c_str()) == 0 ? 0 : errno;
+  if (file) fclose(file);
+  if (reason != 0) {
+    unlink(temporary.c_str());
+    fail("%s: not written: %s; %s%s", path.c_str(), strerror(reason),
+         reason == ENOENT ? "make its folder first" : "make room or save elsewhere",
+         old ? ", the old file is kept" : "");
+  }
+  const int folder = open(target.has_parent_path() ? target.parent_path().c_str() : ".", O_RDONLY);
+  fsync(folder);  // the new name
+  close(folder);
+}
+
+static uint32_t big_endian(const uint8_t* b) { return uint32_t(b[0]) << 24 | b[1] << 16 | b[2] << 8 | b[3]; }
+template <class T>
+static T little_endian(const uint8_t* b) {  // little-endian, as all of CUDA's machines are; from any address
+  T value;
+  memcpy(&value, b, sizeof value);
+  return value;
+}
+
+static uint32_t crc32(const uint8_t* bytes, size_t count) {  // PNG's and gzip's: 0xedb88320, lowest bit first
+  static uint32_t table[256];
+  for (uint32_t i = 0; i < 256 && table[255] == 0; i++) {
+    uint32_t rest = i;
+    for (int bit = 0; bit < 8; bit++) rest = rest >> 1 ^ (rest & 1) * 0xedb88320;
+    table[i] = rest;
+  }
+  uint32_t crc = ~0u;
+  for (size_t i = 0; i < count; i++) crc = crc >> 8 ^ table[(crc ^ bytes[i]) & 255];
+  return ~crc;
+}
+
+constexpr size_t kDeflateRatio = 1032;  // deflate, in gzip and PNG, packs at most 258 bytes into two bits
+
+// stb_image believes the lengths of a PNG's chunks and skips their checksums, so this comes first.
+static void check_png(const Bytes& file) {
+  if (file.size() < 33 || memcmp(file.data(), "\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 16) != 0) fail("this is no PNG");
+  size_t at = 8, length;
+  do {
+    length = file.size() - at < 12 ? file.size() : big_endian(&file[at]);
+    if (length + 12 > file.size() - at) fail("the file ends within the chunk at byte %zu", at);
+    const uint32_t crc = big_endian(&file[at + 8 + length]);
+    if (crc32(&file[at + 4], length + 4) != crc) fail("damaged: wrong checksum in the chunk at byte %zu", at);
+    if (length == 0 && file[at + 4] == 'I' && file[at + 5] == 'D') fail("no data in the chunk at byte %zu", at);
+    at += length + 12;
+  } while (memcmp(&file[at - length - 8], "IEND", 4) != 0);
+}
+
+// A sheet: square tiles, 100 in a row; row r of tiles shows the digit r mod 10 and no other.
+static Images parse_sheet(const Bytes& file) {
+  check_png(file);
+  const size_t width = big_endian(&file[16]), height = big_endian(&file[20]), side = width / 100;
+  const int bits = file[24], kind = file[25];  // kind: 1 palette, 2 colour, 4 alpha, or a sum
+  if (kind != 0) fail("%s%s", kind & 3 ? "in colour" : "grey", kind & 4 ? " with alpha" : "");
+  if (bits != 8) fail("%d bits a pixel", bits);
+  if (side == 0 || width % 100 != 0) fail("%zu pixels wide, no multiple of 100", width);
+  if (height == 0 || height % side != 0) fail("%zu pixels high, no multiple of its tiles' %zu", height, side);
+  if (width * height / kDeflateRatio > file.size()) fail("%zu x %zu pixels cannot be in this file", width, height);
+  stb_most = 2 * (file.size() + (width + 1) * height) + (1 << 16);
+  int w, h, channels;
+  const std::unique_ptr<uint8_t, void (*)(void*)> sheet(
+      stbi_load_from_memory(file.data(), int(file.size()), &w, &h, &channels, 1), stbi_image_free);
+  if (!sheet) fail("damaged: its pixels cannot be decoded");
+  Images images;
+  images.count = int(height / side * 100);
+  images.pixels = int(side * side);
+  for (size_t tile = 0; tile < size_t(images.count); tile++) {
+    images.label.push_back(uint8_t(tile / 100 % 10));
+    for (size_t row = 0; row < side; row++) {
+      const uint8_t* from = sheet.get() + (tile / 100 * side + row) * width + tile % 100 * side;
+      images.pixel.insert(images.pixel.end(), from, from + side);
+    }
+  }
+  return images;
+}
+
+static Bytes gunzip(const Bytes& file) {  // RFC 1952: ten bytes, optional fields, deflate, CRC-32, length
+  if (file.size() < 18 || file[2] != 8 || file[3] >> 5 != 0) fail("damaged: no gzip header");
+  const size_t end = file.size() - 8, length = little_endian<uint32_t>(&file[end + 4]);
+  const int flags = file[3];
+  size_t at = 10 + (flags & 4 ? 2 + file[10] + 256 * file[11] : 0);
+  for (const int text : {8, 16}) {  // a name, a comment
+    while ((flags & text) && at < end && file[at] != 0) at++;
+    at += (flags & text) != 0;
+  }
+  at += flags & 2;
+  const size_t most = at < end ? std::min<size_t>((end - at) * kDeflateRatio, 1 << 30) : 0;
+  if (length == 0 || length > most) fail("damaged or cut short: %zu bytes cannot be in it", length);
+  Bytes bytes(length);  // the trailer is handed over too, for stb_image reads a little ahead
+  const int inflated =
+      stbi_zlib_decode_noheader_buffer(reinterpret_cast<char*>(bytes.data()), int(length),
+                                       reinterpret_cast<const char*>(&file[at]), int(file.size() - at));
+  if (inflated != int(length) || crc32(bytes.data(), length) != little_endian<uint32_t>(&file[end])) {
+    fail("damaged or cut short: wrong gzip checksum or length");
+  }
+  return bytes;
+}
+
+// idx: a magic number, 0x800 plus the number of dimensions; the dimensions, also big-endian; then a byte for each item.
+static Bytes parse_idx(const Bytes& file, std::vector<uint32_t>& dimension) {
+  const bool gzip = file.size() >= 2 && file[0] == 0x1f && file[1] == 0x8b;
+  Bytes bytes = gzip ? gunzip(file) : file;
+  const size_t header = 4 + 4 * dimension.size(), magic = 0x800 + dimension.size();
+  const char* const kind = dimension.size() == 1 ? "labels" : "images";
+  if (bytes.size() < header || big_endian(bytes.data()) != magic) fail("no idx file of %s (number %zu)", kind, magic);
+  const size_t there = bytes.size() - header;
+  size_t promised = 1;
+  std::string product;
+  for (size_t i = 0; i < dimension.size(); i++) {
+    dimension[i] = big_endian(&bytes[4 + 4 * i]);
+    product += (i ? " x " : "") + std::to_string(dimension[i]);
+    if (promised <= there) promised *= dimension[i];  // below 2^31 times 2^32
+  }
+  if (there == 0) fail("no %s in it", kind);
+  if (promised != there) fail("the header promises %s bytes, %zu follow", product.c_str(), there);
+  bytes.erase(bytes.begin(), bytes.begin() + long(header));
+  return bytes;
+}
+
+static Images read_mnist(const std::string& images_path, const std::string& labels_path) {
+  const char* const advice = "get it again (`make mnist`)";
+  Images images;
+  std::vector<uint32_t> size(3), labels(1);
+  images.pixel = parse_file(images_path, advice, [&](const Bytes& file) { return parse_idx(file, size); });
+  images.count = int(size[0]);
+  images.pixels = int(size[1] * size[2]);
+  images.label = parse_file(labels_path, advice, [&](const Bytes& file) {
+    const Bytes label = parse_idx(file, labels);
+    if (labels[0] != size[0]) fail("%u labels for the %u images of %s", labels[0], size[0], images_path.c_str());
+    for (size_t i = 0; i < label.size(); i++) {
+      if (label[i] >= images.classes) fail("label %zu is %d, not 0 to %d", i, label[i], images.classes - 1);
+    }
+    return label;
+  });
+  return images;
+}
+
+Dataset load_dataset(const std::string& folder) {
+  const char* const advice = "`make digits` draws sheets into data/, `make mnist` downloads MNIST into build/mnist";
+  const char* const sheet = "a sheet is an 8-bit grey PNG of square tiles, 100 in a row (`make digits` draws one)";
+  std::vector<std::string> names = {"train.png", "test.png"};
+  for (const std::string set : {"train-", "t10k-"}) {
+    for (const char* content : {"images-idx3-ubyte", "labels-idx1-ubyte"}) names.push_back(set + content);
+  }
+  std::string path[6];  // empty where a file is missing
+  std::error_code none;
+  if (!std::filesystem::is_directory(folder, none)) fail("%s: there is no such folder; %s", folder.c_str(), advice);
+  for (int i = 0; i < 6; i++) {
+    for (const char* ending : {".gz", ""}) {
+      const auto candidate = std::filesystem::path(folder) / (names[i] + ending);
+      if (std::filesystem::exists(candidate, none)) path[i] = candidate.string();
+    }
+  }
+  const bool sheets = !(path[0] + path[1]).empty(), mnist = !(path[2] + path[3] + path[4] + path[5]).empty();
+  if (!sheets && !mnist) fail("%s: holds neither sheets of digits nor MNIST's files; %s", folder.c_str(), advice);
+  for (int i = sheets ? 0 : 2; i < (sheets ? 2 : 6); i++) {
+    if (path[i].empty()) fail("%s: %s is missing; %s", folder.c_str(), names[i].c_str(), advice);
+  }
+  Dataset data;
+  data.train = sheets ? parse_file(path[0], sheet, parse_sheet) : read_mnist(path[2], path[3]);
+  data.test = sheets ? parse_file(path[1], sheet, parse_sheet) : read_mnist(path[4], path[5]);
+  const int pixels = data.train.pixels, others = data.test.pixels;
+  if (pixels != others) fail("%s: images of %d and of %d pixels; take one kind", folder.c_str(), pixels, others);
+  data.what = sheets ? "sheets " + path[0] + ", " + path[1] : "MNIST's files in " + folder;
+  if (sheets && mnist) data.what += " (MNIST's files are there too; the sheets win)";
+  return data;
+}
+
+// ==== 5.2 Checkpoints: safetensors, which PyTorch's users exchange ===============================================
+// Eight bytes, the length of the header; the header, JSON; the numbers. Little-endian, as all of CUDA's machines are.
+// {"__metadata__": {"epoch": "3"}, "0.weight": {"dtype": "F32", "shape": [128, 784], "data_offsets": [0, 401408]}}
+
+struct HeaderReader {  // of the JSON that can stand there: objects, strings, lists of whole numbers
+  const char *at, *end;
+
+  [[noreturn]] void refuse(const char* what) const { fail("%s, %td bytes before the header's end", what, end - at); }
+  char next() {  // the next character that is not white space; 0 at the end
+    while (at < end && (*at == ' ' || *at == '\t' || *at == '\r' || *at == '\n')) at++;
+    return at < end ? *at : '\0';
+  }
+  bool accept(char wanted) { return next() == wanted && ++at; }
+  void expect(char wanted) {
+    if (!accept(wanted)) refuse((std::string("no ") + wanted).c_str());
+  }
+  char take() {  // a character of a string
+    if (at == end || uint8_t(*at) < ' ') refuse("an unfinished string");
+    return *at++;
+  }
+  uint32_t utf16() {  // the four digits after \u
+    const char digits[] = {take(), take(), take(), take()};
+    uint32_t code = 0;
+    if (std::from_chars(digits, digits + 4, code, 16).ptr != digits + 4) refuse("no four digits after \\u");
+    return code;
+  }
+  void escape(std::string& text) {  // appends what the characters after a backslash mean
+    const char c = take();
+    const size_t simple = std::string_view("\"\\/bfnrt").find(c);
+    if (simple != std::string_view::npos) return text.push_back("\"\\/\b\f\n\r\t"[simple]);
+    uint32_t code = c == 'u' ? utf16() : (refuse("an unknown escape"), 0);
+    if (code >> 11 == 0x1b) {  // the first of two that make one character
+      const uint32_t low = code >> 10 == 0x36 && take() == '\\' && take() == 'u' ? utf16() : 0;
+      if (low >> 10 != 0x37) refuse("half a character");
+      code = 0x10000 + ((code & 1023) << 10 | (low & 1023));
+    }
+    static const uint32_t first[] = {0, 0xc0, 0xe0, 0xf0};  // of UTF-8; then six bits in each byte
+    int more = (code > 0x7f) + (code > 0x7ff) + (code > 0xffff);
+    text += char(first[more] | code >> 6 * more);
+    while (more-- > 0) text += char(0x80 | (code >> 6 * more & 63));
+  }
+  std::string string() {
+    std::string text;
+    expect('"');
+    for (char c = take(); c != '"'; c = take()) c == '\\' ? escape(text) : text.push_back(c);
+    return text;
+  }
+  template <class F>
+  void list(char open, char close, F item) {
+    expect(open);
+    if (accept(close)) return;
+    do item();
+    while (accept(','));
+    expect(close);
+  }
+  std::vector<int64_t> numbers() {
+    std::vector<int64_t> values;
+    list('[', ']', [&] {
+      const char first = next();
+      int64_t value = 0;
+      const auto [stop, error] = std::from_chars(at, end, value);
+      if (error != std::errc() || first == '-' || (first == '0' && stop > at + 1)) refuse("no whole number");
+      at = stop;
+      values.push_back(value);
+    });
+    return values;
+  }
+  template <class F>
+  size_t object(F member) {  // calls member(key) before each value, for it to read; returns how many there were
+    std::set<std::string> keys;
+    list('{', '}', [&] {
+      const auto [key, fresh] = keys.insert(string());
+      if (!fresh) refuse(("a second " + key->substr(0, 60)).c_str());
+      expect(':');
+      member(*key);
+    });
+    return keys.size();
+  }
+};
+
+static SafeTensors parse_safetensors(const Bytes& file) {
+  const uint64_t length = file.size() < 8 ? UINT64_MAX : little_endian<uint64_t>(file.data());
+  if (length > 100'000'000 || length > file.size() - 8) fail("no safetensors file, or cut short");
+  const size_t size = file.size() - 8 - length;  // of the numbers
+  const uint8_t* const numbers = file.data() + 8 + length;
+  HeaderReader header{reinterpret_cast<const char*>(file.data()) + 8, reinterpret_cast<const char*>(numbers)};
+  SafeTensors result;
+  std::multimap<std::vector<int64_t>, std::pair<std::string, SavedTensor>> entries;  // data_offsets: dtype, tensor
+  header.object([&](const std::string& name) {
+    const auto metadata = [&](const std::string& key) { result.metadata[key] = header.string(); };
+    if (name == "__metadata__") return void(header.object(metadata));
+    std::string type;
+    std::vector<int64_t> shape, offsets;
+    const size_t members = header.object([&](const std::string& key) {
+      if (key == "dtype") return void(type = header.string());
+      if (key != "shape" && key != "data_offsets") header.refuse(("unknown " + key.substr(0, 60)).c_str());
+      (key == "shape" ? shape : offsets) = header.numbers();
+    });
+    if (members != 3 || offsets.size() != 2) header.refuse("a tensor without dtype, shape or data_offsets");
+    entries.insert({offsets, {type, {name, shape, {}}}});
+  });
+  if (header.next() || header.at != header.end) header.refuse("more than one object");
+  size_t done = 0;  // bytes of the numbers; the next tensor begins there
+  for (auto& [offsets, entry] : entries) {
+    auto& [type, tensor] = entry;
+    const size_t width = type == "F64" ? 8 : type == "F32" ? 4 : type == "F16" || type == "BF16" ? 2 : 0;
+    const size_t begin = size_t(offsets[0]), end = size_t(offsets[1]), most = SIZE_MAX / 8;
+    const char* const name = tensor.name.c_str();
+    if (width == 0) fail("tensor \"%.60s\" is %.20s, not F32, F16, BF16 or F64", name, type.c_str());
+    size_t count = 1;
+    for (const int64_t n : tensor.shape) count = n && count > most / size_t(n) ? most : count * size_t(n);
+    if (begin != done || end < begin || end > size || count * width != end - begin) {
+      fail("tensor \"%.60s\" does not fit: its type, shape, data_offsets %zu to %zu, the file", name, begin, end);
+    }
+    for (tensor.value.reserve(count); done < end; done += width) {
+      const uint8_t* from = numbers + done;
+      tensor.value.push_back(type == "F32"   ? little_endian<float>(from)
+                             : type == "F64" ? float(little_endian<double>(from))
+                             : type == "F16" ? half_to_float(little_endian<half>(from))
+                                             : bfloat16_to_float(little_endian<bfloat16>(from)));
+    }
+    result.tensors.push_back(std::move(tensor));
+  }
+  if (done != size) fail("%zu bytes behind the last tensor", size - done);
+  return result;
+}
+
+SafeTensors read_safetensors(const std::string& path) {
+  return parse_file(path, "save it again, with safetensors.torch.save_file or mp train", parse_safetensors);
+}
+
+static std::string quoted(const std::string& text) {
+  std::string json = "\"";
+  for (const char c : text) {
+    char code[8];
+    snprintf(code, sizeof code, c == '"' || c == '\\' ? "\\%c" : (uint8_t(c) < ' ' ? "\\u%04x" : "%c"), c);
+    json += code;
+  }
+  return json + "\"";
+}
+
+void write_safetensors(const std::string& path, const SafeTensors& file) {
+  std::string header, data;
+  const auto join = [](std::string list, const std::string& item) { return list.empty() ? item : list + "," + item; };
+  for (const auto& [key, value] : file.metadata) header = join(header, quoted(key) + ":" + quoted(value));
+  header = "{\"__metadata__\":{" + header + "}";
+  for (const SavedTensor& tensor : file.tensors) {
+    std::string shape, begin = std::to_string(data.size());
+    for (const int64_t n : tensor.shape) shape = join(shape, std::to_string(n));
+    data.append(reinterpret_cast<const char*>(tensor.value.data()), tensor.value.size() * sizeof(float));
+    header += "," + quoted(tensor.name) + ":{\"dtype\":\"F32\",\"shape\":[" + shape + "],\"data_offsets\":[" + begin +
+              "," + std::to_string(data.size()) + "]}";
+  }
+  header += "}";
+  header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the numbers start at a multiple of their size
+  const uint64_t length = header.size();
+  write_file(path, std::string(reinterpret_cast<const char*>(&length), 8) + header + data);
+}
+
+// ==== 5.2 Options: one table, which the command line, --help and --resume read =======================================
+struct UsageError : Error {
+  using Error::Error;
+};  // main() ends with 2
+struct Options {
+  std::string data = "data", init, save, resume, log;
+  std::vector<int> layers = {784, 128, 10};
+  Type precision = Type::fp16;
+  Update update = Update::master;
+  Loss loss = Loss::cross_entropy;
+  float loss_scale = -1;  // 0: dynamic; -1: dynamic for fp16, none (1) for the others
+  float scale_init = 65536, lr = 0.3f;
+  int growth_interval = 2000, epochs = 15, batch = 64;
+  uint64_t seed = 1;
+  bool shuffle = true;
+  std::vector<std::string> given, files;  // options that stood on the command line; words that are none
+  bool has(const char* name) const { return std::find(given.begin(), given.end(), name) != given.end(); }
+  bool dynamic() const { return loss_scale < 0 ? precision == Type::fp16 : loss_scale == 0; }
+};
+static const std::vector<std::string> type_names = {"fp32", "fp16", "bf16"}, loss_names = {"xent", "mse"},
+                                      update_names = {"master", "half", "kahan", "stochastic"},
+                                      switch_names = {"off", "on"};
+
+[[noreturn]] static void misuse(const std::string& text) { throw UsageError(text); }
+static std::string text_of(double x) {
+  char text[40];
+  snprintf(text, sizeof text, "%.9g", x);
+  return text;
+}
+static std::string joined(const std::vector<int>& numbers, const char* between) {
+  std::string text;
+  for (int n : numbers) text += (text.empty() ? "" : between) + std::to_string(n);
+  return text;
+}
+static double number(const std::string& text, double least, double most) {
+  char* end = nullptr;
+  const double x = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end || std::isspace(text[0])) misuse("is no number");
+  if (!(x >= least && x <= most)) misuse("must be from " + text_of(least) + " to " + text_of(most));
+  return x;
+}
+static int whole(const std::string& text, double most) {
+  const double x = number(text, 1, most);
+  if (x != std::floor(x)) misuse("must be a whole number");
+  return int(x);
+}
+static int choice(const std::string& text, const std::vector<std::string>& names) {
+  const size_t i = std::find(names.begin(), names.end(), text) - names.begin();
+  std::string list;
+  for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
+  if (i == names.size()) misuse("must be one of " + list);
+  return int(i);
+}
+static std::vector<int> layer_sizes(const std::string& text) {
+  std::vector<int> sizes;
+  for (size_t from = 0, to; from <= text.size(); from = to + 1) {
+    to = std::min(text.find(',', from), text.size());
+    sizes.push_back(whole(text.substr(from, to - from), 1 << 24));
+  }
+  if (sizes.size() < 2) misuse("needs at least an input and an output, such as 784,10");
+  return sizes;
+}
+
+struct Option {
+  const char *name, *values, *help;
+  bool saved;  // in a checkpoint
+  void (*set)(Options&, const std::string&);
+  std::string (*get)(const Options&);
+};
+using O = Options;
+using S = std::string;
+constexpr double least_rate = 1e-30, most_rate = 1e30, most_count = 2e9;
+// clang-format off
+static const Option option_table[] = {
+  {"data", "DIR", "train.png and test.png, sheets of digits, or MNIST's four files", false,
+    [](O& o, const S& s) { o.data = s; }, [](const O& o) { return o.data; }},
+  {"layers", "N,N,...", "sizes: pixels, hidden layers, classes", true,
+    [](O& o, const S& s) { o.layers = layer_sizes(s); }, [](const O& o) { return joined(o.layers, ","); }},
+  {"precision", "fp32|fp16|bf16", "of everything but master weights, sums, loss and update", true,
+    [](O& o, const S& s) { o.precision = Type(choice(s, type_names)); }, [](const O& o) { return type_names[int(o.precision)]; }},
+  {"update", "master|half|kahan|stochastic", "how w - lr g is added up", true,
+    [](O& o, const S& s) { o.update = Update(choice(s, update_names)); }, [](const O& o) { return update_names[int(o.update)]; }},
+  {"loss-scale", "dynamic|N", "what multiplies the loss gradient (fp32 and bf16: 1)", true,
+    [](O& o, const S& s) { o.loss_scale = s == "dynamic" ? 0 : float(number(s, least_rate, 3e38)); },
+    [](const O& o) { return o.dynamic() ? S("dynamic") : text_of(o.loss_scale < 0 ? 1 : o.loss_scale); }},
+  {"scale-init", "N", "the dynamic scale's first value", true,
+    [](O& o, const S& s) { o.scale_init = float(number(s, least_rate, 3e38)); }, [](const O& o) { return text_of(o.scale_init); }},
+  {"growth-interval", "N", "finite steps until it doubles", true,
+    [](O& o, const S& s) { o.growth_interval = whole(s, most_count); }, [](const O& o) { return text_of(o.growth_interval); }},
+  {"loss", "xent|mse", "softmax cross-entropy, or E1 on one-hot targets", true,
+    [](O& o, const S& s) { o.loss = Loss(choice(s, loss_names)); }, [](const O& o) { return loss_names[int(o.loss)]; }},
+  {"epochs", "N", "counted from the very beginning, also after --resume", true,
+    [](O& o, const S& s) { o.epochs = whole(s, 1e6); }, [](const O& o) { return text_of(o.epochs); }},
+  {"batch", "N", "images a step", true,
+    [](O& o, const S& s) { o.batch = whole(s, 1 << 24); }, [](const O& o) { return text_of(o.batch); }},
+  {"lr", "X", "learning rate of plain SGD", true,
+    [](O& o, const S& s) { o.lr = float(number(s, least_rate, most_rate)); }, [](const O& o) { return text_of(o.lr); }},
+  {"seed", "N", "of the first weights, the shuffling, stochastic rounding", true,
+    [](O& o, const S& s) { o.seed = uint64_t(s == "0" ? 0 : whole(s, 9e15)); }, [](const O& o) { return std::to_string(o.seed); }},
+  {"shuffle", "on|off", "off: images in the order of the file", true,
+    [](O& o, const S& s) { o.shuffle = choice(s, switch_names); }, [](const O& o) { return switch_names[o.shuffle]; }},
+  {"init", "FILE", "first weights from a safetensors file, PyTorch's for instance", false,
+    [](O& o, const S& s) { o.init = s; }, [](const O& o) { return o.init; }},
+  {"save", "FILE", "checkpoint after every epoch", false,
+    [](O& o, const S& s) { o.save = s; }, [](const O& o) { return o.save; }},
+  {"resume", "FILE", "go on from a checkpoint; other options override what it says", false,
+    [](O& o, const S& s) { o.resume = s; }, [](const O& o) { return o.resume; }},
+  {"log", "FILE.csv", "a row a step: step,epoch,loss,loss_scale,found_inf", false,
+    [](O& o, const S& s) { o.log = s; }, [](const O& o) { return o.log; }},
+};
+// clang-format on
+static const Option* find_option(const std::string& name) {
+  for (const Option& option : option_table)
+    if (name == option.name) return &option;
+  return nullptr;
+}
+static void set_option(Options& o, const Option& option, const std::string& value) {
+  try {
+    option.set(o, value);
+  } catch (const UsageError& error) {
+    misuse(std::string("--") + option.name + " '" + value + "' " + error.what());
+  }
+}
+static void refuse_contradictions(const Options& o) {
+  if (o.precision == Type::fp32 && o.update != Update::master)
+    misuse("--update " + update_names[int(o.update)] +
+           " with --precision fp32: fp32 weights lose nothing that it could save");
+  if (o.precision == Type::fp32 && o.dynamic())
+    misuse("--loss-scale dynamic with --precision fp32: its gradients do not vanish, there is nothing to scale for");
+  if (!o.dynamic() && o.resume.empty() && (o.has("scale-init") || o.has("growth-interval")))
+    misuse("--scale-init and --growth-interval are for a dynamic scale: add --loss-scale dynamic");
+  if (!o.init.empty() && !o.resume.empty()) misuse("--init and --resume both bring weights: give one of them");
+}
+
+// ==== 5.2 What a checkpoint holds
+// ======================================================================================
+struct Training {  // the state that a checkpoint keeps and --resume restores
+  Mlp net;
+  StepState state;
+  int epoch = 0;  // finished
+};
+// PyTorch's names for nn.Sequential(Linear, ReLU, Linear, ...): layer l is its module 2 (l - 1).
+static std::string name_of(int l, const char* what) { return std::to_string(2 * (l - 1)) + "." + what; }
+
+static void save_checkpoint(const std::string& path, const Options& o, const Training& t) {
+  SafeTensors file;
+  for (const Option& option : option_table)
+    if (option.saved) file.metadata[option.name] = option.get(o);
+  file.metadata["epoch"] = std::to_string(t.epoch), file.metadata["position"] = std::to_string(t.state.position);
+  file.metadata["step"] = std::to_string(t.state.step), file.metadata["skipped"] = std::to_string(t.state.skipped);
+  file.metadata["scale"] = text_of(t.state.scale), file.metadata["tracker"] = std::to_string(t.state.growth_tracker);
+  for (int l = 1; l <= t.net.L; l++) {
+    const Layer& layer = t.net.layer[l];
+    file.tensors.push_back({name_of(l, "weight"), {layer.W.rows, layer.W.cols}, to_host(kept_W(layer))});
+    file.tensors.push_back({name_of(l, "bias"), {layer.W.rows}, to_host(kept_b(layer))});
+    if (layer.compensation.memory)
+      file.tensors.push_back({name_of(l, "compensation"), {layer.compensation.cols}, to_host(layer.compensation)});
+  }
+  write_safetensors(path, file);
+}
+
+// The weights of a file that any program may have written: its matrices called *.weight, in the order of the numbers in
+// their names, each with the *.bias that belongs to it.
+static std::vector<std::pair<const SavedTensor*, const SavedTensor*>> linear_layers(const SafeTensors& file,
+                                                                                    const std::string& path) {
+  std::map<long, std::pair<const SavedTensor*, const SavedTensor*>> found;
+  for (const SavedTensor& weight : file.tensors) {
+    const size_t dot = weight.name.rfind("weight"), digit = weight.name.find_first_of("0123456789");
+    if (dot == weight.name.npos || dot + 6 != weight.name.size() || weight.shape.size() != 2) continue;
+    const std::string bias_name = weight.name.substr(0, dot) + "bias";
+    for (const SavedTensor& bias : file.tensors)
+      if (bias.name == bias_name && bias.shape.size() == 1 && bias.shape[0] == weight.shape[0] && weight.shape[1] > 0)
+        found[digit == weight.name.npos ? -1 : std::strtol(&weight.name[digit], nullptr, 10)] = {&weight, &bias};
+  }
+  std::vector<std::pair<const SavedTensor*, const SavedTensor*>> layers;
+  for (const auto& [place, layer] : found) {
+    if (!layers.empty() && layer.first->shape[1] != layers.back().first->shape[0])
+      fail("%s: %s takes %ld numbers, the layer before it gives %ld", path.c_str(), layer.first->name.c_str(),
+           long(layer.first->shape[1]), long(layers.back().first->shape[0]));
+    layers.push_back(layer);
+  }
+  if (layers.empty()) fail("%s: holds no layer: a matrix 0.weight and its 0.bias, as PyTorch names them", path.c_str());
+  return layers;
+}
+static void take_layers(Options& o, const SafeTensors& file,
+                        const std::string& path) {  // from the file, agreeing with --layers
+  const auto layers = linear_layers(file, path);
+  std::vector<int> sizes = {int(layers[0].first->shape[1])};
+  for (const auto& layer : layers) sizes.push_back(int(layer.first->shape[0]));
+  if (o.has("layers") && sizes != o.layers)
+    fail("%s: holds layers %s, not --layers %s; leave the option away", path.c_str(), joined(sizes, ",").c_str(),
+         joined(o.layers, ",").c_str());
+  o.layers = sizes;
+}
+static void take_weights(Mlp& net, const SafeTensors& file, const std::string& path) {
+  const auto layers = linear_layers(file, path);
+  for (int l = 1; l <= net.L; l++)
+    set_parameters(net.layer[l], layers[l - 1].first->value, layers[l - 1].second->value);
+}
+static double metadata_number(const SafeTensors& file, const std::string& path, const char* name, double most) {
+  const auto entry = file.metadata.find(name);
+  if (entry == file.metadata.end())
+    fail("%s: holds weights but no training state (no %s); use --init", path.c_str(), name);
+  try {
+    return number(entry->second, 0, most);
+  } catch (const UsageError& error) {
+    fail("%s: its %s '%s' %s; the file is damaged", path.c_str(), name, entry->second.c_str(), error.what());
+  }
+}
+// The options that a checkpoint remembers, but for those on the command line
+static void take_options(Options& o, const SafeTensors& file, const std::string& path) {
+  for (const Option& option : option_table) {
+    const auto entry = file.metadata.find(option.name);
+    if (!option.saved || o.has(option.name) || entry == file.metadata.end()) continue;
+    try {
+      option.set(o, entry->second);
+    } catch (const UsageError& error) {
+      fail("%s: its %s '%s' %s; the file is damaged", path.c_str(), option.name, entry->second.c_str(), error.what());
+    }
+  }
+}
+
+// ==== 5.2 The training loop
+// ===========================================================================================
+static volatile std::sig_atomic_t stop_signal = 0;
+static void on_signal(int number_) { stop_signal = number_; }
+
+static double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+static std::string describe(const Options& o) {
+  std::string text = machine() + " · " + joined(o.layers, "-") + " · " + type_names[int(o.precision)];
+  if (o.precision != Type::fp32)
+    text += o.update == Update::master ? ", fp32 master" : ", no master, " + update_names[int(o.update)] + " update";
+  if (o.dynamic()) return text + ", dynamic loss scale";
+  return text + (o.loss_scale > 0 && o.loss_scale != 1 ? ", loss scale " + text_of(o.loss_scale) : "");
+}
+static double accuracy(Mlp& net, const Images& test) {  // per cent
+  const std::vector<int> answer = predict(net, test.pixel);
+  size_t right = 0;
+  for (size_t i = 0; i < answer.size(); i++) right += answer[i] == test.label[i];
+  return 100.0 * double(right) / double(answer.size());
+}
+// Which image comes when: a permutation that depends on seed and epoch alone, so that a resumed run sees the same
+static std::vector<int> order_of_epoch(const Options& o, int epoch, int count) {
+  std::vector<int> order(count);
+  for (int i = 0; i < count; i++) order[i] = i;
+  const uint64_t seed = random_bits(o.seed, 1u << 20 | unsigned(epoch));
+  for (int i = count - 1; o.shuffle && i > 0; i--) std::swap(order[i], order[random_bits(seed, i) % unsigned(i + 1)]);
+  return order;
+}
+// The step that halted, once more by hand: where is the first number that is not finite?
+static std::string first_not_finite(Mlp& net, const Batch& batch, LossScaler& scaler) {
+  const auto where = [](const Tensor& t, const std::string& name) {
+    const std::vector<float> values = to_host(t);
+    for (size_t i = 0; i < values.size(); i++)
+      if (!std::isfinite(values[i]))
+        return name + " is " + text_of(values[i]) + " at [" + std::to_string(i / t.cols) + ", " +
+               std::to_string(i % t.cols) + "]";
+    return std::string();
+  };
+  std::string found;
+  preprocess(net, batch, &scaler);
+  for (int l = 1; l <= net.L && found.empty(); l++) {
+    const std::string layer = " of layer " + std::to_string(l);
+    forward(net, l);
+    for (const auto& [tensor, name] : {std::pair(net.layer[l].W, "the weights"),
+                                       {net.layer[l].b, "the bias"},
+                                       {net.layer[l].a, l < net.L ? "the activation a" : "the logits z"}})
+      if (found.empty()) found = where(tensor, "in the forward pass " + (name + layer));
+  }
+  if (found.empty())
+    loss(net, scaler), output_delta(net, scaler),
+        found = where(net.layer[net.L].delta, "in the backward pass delta of layer " + std::to_string(net.L));
+  for (int l = net.L; l >= 1 && found.empty(); l--) {
+    const std::string layer = "in the backward pass the gradient of layer " + std::to_string(l) + "'s ";
+    weight_gradient(net, l);
+    found = where(net.layer[l].dW, layer + "weights");
+    if (found.empty()) found = where(net.layer[l].db, layer + "bias");
+    if (l > 1 && found.empty())
+      backward(net, l),
+          found = where(net.layer[l - 1].delta, "in the backward pass delta of layer " + std::to_string(l - 1));
+  }
+  return found;
+}
+
+// The log is written in place. A resumed run keeps the rows of the steps before it and goes on after them.
+static std::string old_rows(const std::string& path, unsigned first_step) {
+  std::string rows = "step,epoch,loss,loss_scale,found_inf\n", row;
+  std::ifstream old(path);
+  for (std::getline(old, row); first_step > 0 && std::getline(old, row) && !old.eof();)
+    if (std::strtoul(row.c_str(), nullptr, 10) < first_step) rows += row + "\n";
+  return rows;
+}
+
+struct Run {
+  Options o;
+  Dataset data;
+  Training t;
+  LossScaler scaler;
+  Batch batch;
+  std::shared_ptr<uint8_t> pixels, labels;  // of the training images, on the device
+  std::shared_ptr<int> order;
+  int steps = 0;        // of an epoch; a last, partial batch is left out
+  int fetched = 0;      // of this epoch: those whose losses are here
+  double loss_sum = 0;  // of those
+  FILE* log = nullptr;
+};
+static void check_fit(const Options& o, const Images& images) {
+  if (o.layers.front() != images.pixels || o.layers.back() != images.classes) {
+    std::vector<int> fitting = o.layers;
+    fitting.front() = images.pixels, fitting.back() = images.classes;
+    fail("layers %s do not fit the data in %s: %d pixels an image, %d classes; use --layers %s",
+         joined(o.layers, ",").c_str(), o.data.c_str(), images.pixels, images.classes, joined(fitting, ",").c_str());
+  }
+  if (o.batch > images.count)
+    fail("--batch %d: %s holds only %d images to train on", o.batch, o.data.c_str(), images.count);
+}
+// Where a checkpoint left off. A scale on the command line begins anew.
+static void restore(Run& run, const SafeTensors& file) {
+  const Options& o = run.o;
+  const auto saved = [&](const char* name, double most) { return metadata_number(file, o.resume, name, most); };
+  StepState& state = run.t.state;
+  run.t.epoch = int(saved("epoch", 1e6));
+  state.step = unsigned(saved("step", 4e9)), state.skipped = int(saved("skipped", 2e9));
+  state.position = std::min(int(saved("position", 2e9)), run.steps);
+  if (!o.has("loss-scale") && !o.has("scale-init")) state.scale = float(saved("scale", 3.4e38));
+  if (!o.has("loss-scale") && !o.has("scale-init")) state.growth_tracker = int(saved("tracker", 2e9));
+  if (state.growth_tracker >= o.growth_interval) state.growth_tracker = 0;
+  for (int l = 1; l <= run.t.net.L; l++)
+    for (const SavedTensor& tensor : file.tensors)
+      if (tensor.name == name_of(l, "compensation") && run.t.net.layer[l].compensation.memory)
+        to_device(tensor.value, run.t.net.layer[l].compensation);
+}
+static void prepare(Run& run) {
+  Options& o = run.o;
+  const std::string from = o.resume.empty() ? o.init : o.resume;
+  SafeTensors file;
+  if (!from.empty()) file = read_safetensors(from), take_layers(o, file, from);
+  if (!o.resume.empty()) take_options(o, file, from), o.save = o.save.empty() ? o.resume : o.save;
+  refuse_contradictions(o);
+  run.data = load_dataset(o.data);
+  const Images& images = run.data.train;
+  check_fit(o, images);
+  run.steps = images.count / o.batch;
+
+  run.t.net = make_mlp(o.layers, o.batch, o.precision, o.update);
+  run.t.net.loss = o.loss, run.t.net.seed = o.seed;
+  if (from.empty())
+    initialise(run.t.net);
+  else
+    take_weights(run.t.net, file, from);
+  run.t.state.scale = o.dynamic() ? o.scale_init : o.loss_scale < 0 ? 1 : o.loss_scale;
+  if (!o.resume.empty()) restore(run, file);
+  run.scaler = o.dynamic() ? LossScaler(65536, 2, 0.5f, o.growth_interval) : LossScaler(1, 1, 1);
+  run.scaler.history = device_array<StepRecord>(run.steps);
+  run.pixels = on_device(images.pixel), run.labels = on_device(images.label),
+  run.order = device_array<int>(images.count);
+  run.batch.pixels = run.pixels.get(), run.batch.labels = run.labels.get(), run.batch.order = run.order.get();
+  run.batch.rows = o.batch;
+  if (o.log.empty()) return;
+  write_file(o.log, old_rows(o.log, run.t.state.step));
+  if (!(run.log = fopen(o.log.c_str(), "a")))
+    fail("%s: %s; name another file for --log", o.log.c_str(), strerror(errno));
+}
+
+// What the device knows of the steps since the last time: its state, their losses, the log's rows.
+static void fetch(Run& run) {
+  StepState& state = run.t.state;
+  state = run.scaler.read();
+  std::vector<StepRecord> records(state.position + state.halted - run.fetched);
+  CHECK(cudaMemcpy(records.data(), run.scaler.history.get() + run.fetched, records.size() * sizeof(StepRecord),
+                   cudaMemcpyDeviceToHost));
+  unsigned step = state.step + state.halted - unsigned(records.size());
+  for (const StepRecord& r : records) {
+    run.loss_sum += r.loss, run.fetched++;
+    if (run.log) fprintf(run.log, "%u,%d,%.9g,%.9g,%d\n", step++, run.t.epoch + 1, r.loss, r.loss_scale, r.found_inf);
+  }
+  if (run.log && (fflush(run.log) != 0 || ferror(run.log)))
+    fail("%s: cannot be written: %s", run.o.log.c_str(), strerror(errno));
+  if (!state.halted) return;
+  fail(
+      "step %u (epoch %d, batch %d) cannot be saved by a smaller loss scale (it is %g): %s. Nothing of this epoch was "
+      "saved; "
+      "use a smaller --lr, or --precision bf16 or fp32",
+      state.step, run.t.epoch + 1, state.position, state.scale,
+      first_not_finite(run.t.net, run.batch, run.scaler).c_str());
+}
+static void show_progress(const Run& run, int done, double since) {
+  static double shown = 0;
+  if (!isatty(STDOUT_FILENO) || seconds() - shown < 0.1) return;
+  shown = seconds();
+  const int filled = 40 * done / run.steps;
+  printf("\r%5d  [%.*s%.*s] %d of %d steps, %.0f s", run.t.epoch + 1, filled,
+         "########################################", 40 - filled, "........................................", done,
+         run.steps, seconds() - since);
+  fflush(stdout);
+}
+// An epoch, or what is left of it after --resume. The host looks at the device only now and then.
+static void train_epoch(Run& run) {
+  Training& t = run.t;
+  const std::vector<int> order = order_of_epoch(run.o, t.epoch, run.data.train.count);
+  CHECK(cudaMemcpy(run.order.get(), order.data(), order.size() * sizeof(int), cudaMemcpyHostToDevice));
+  run.scaler.write(t.state);
+  const int first = t.state.position;
+  run.fetched = first, run.loss_sum = 0;
+  const double start = seconds();
+  for (int step = first; step < run.steps && !stop_signal; step++) {
+    train_step(t.net, run.batch, run.scaler, run.o.lr);
+    if (step % 32 == 31) fetch(run);
+    show_progress(run, step + 1, start);
+  }
+  fetch(run);
+  if (isatty(STDOUT_FILENO)) printf("\r\033[K");
+  if (stop_signal && t.state.position < run.steps) return;
+  const double taken = seconds() - start, count = run.fetched - first;
+  t.state.position = 0, t.epoch++;
+  printf("%5d  %10.4f  %12.2f%%  %10g  %7d  %8.0f  %7.2f\n", t.epoch, run.loss_sum / count,
+         accuracy(t.net, run.data.test), t.state.scale, t.state.skipped, count * run.o.batch / taken, taken);
+  fflush(stdout);
+}
+static int train(const Options& options) {
+  Run run;
+  run.o = options;
+  prepare(run);
+  const Options& o = run.o;
+  printf("%s\n%s: %d images to train on, %d to test\n", describe(o).c_str(), run.data.what.c_str(),
+         run.data.train.count, run.data.test.count);
+  if (run.t.epoch < o.epochs) printf("epoch  train loss  test accuracy  loss scale  skipped  images/s  seconds\n");
+  fflush(stdout);
+  for (const int signal_ : {SIGINT, SIGTERM}) signal(signal_, on_signal);
+  while (run.t.epoch < o.epochs && !stop_signal) {
+    train_epoch(run);
+    if (!o.save.empty()) save_checkpoint(o.save, o, run.t);
+  }
+  if (run.log && fclose(run.log) != 0) fail("%s: cannot be written: %s", o.log.c_str(), strerror(errno));
+  if (stop_signal && run.t.epoch < o.epochs) {
+    fprintf(
+        stderr, "mp: stopped after step %u%s\n", run.t.state.step,
+        o.save.empty() ? "; nothing is saved without --save" : ("; go on with: mp train --resume " + o.save).c_str());
+    return 128 + stop_signal;
+  }
+  if (!o.save.empty()) save_checkpoint(o.save, o, run.t);
+  printf("test accuracy %.2f%%\n", accuracy(run.t.net, run.data.test));
+  return 0;
+}
+
+static int test(Options o) {
+  if (o.files.size() != 1) misuse("mp test MODEL [--data DIR]: one saved model, as --save writes it");
+  const SafeTensors file = read_safetensors(o.files[0]);
+  if (file.metadata.count("precision") == 0) o.precision = Type::fp32;  // written by another program
+  take_options(o, file, o.files[0]), take_layers(o, file, o.files[0]);
+  const Dataset data = load_dataset(o.data);
+  o.batch = std::min(1000, data.test.count);
+  check_fit(o, data.test);
+  Mlp net = make_mlp(o.layers, o.batch, o.precision, o.update);
+  take_weights(net, file, o.files[0]);
+  const std::vector<int> answer = predict(net, data.test.pixel);
+  std::vector<std::vector<int>> count(10, std::vector<int>(10));
+  for (size_t i = 0; i < answer.size(); i++) count[data.test.label[i]][answer[i]]++;
+  printf("%s\n%s: %d images\n\nis \\ read as", describe(o).c_str(), data.what.c_str(), data.test.count);
+  for (int c = 0; c < 10; c++) printf("%6d", c);
+  for (int digit = 0; digit < 10; digit++) {
+    printf("\n%12d", digit);
+    for (int c = 0; c < 10; c++) printf("%6d", count[digit][c]);
+  }
+  printf("\n\ntest accuracy %.2f%%\n", accuracy(net, data.test));
+  return 0;
+}
+
+// ==== The command line
+// ================================================================================================
+static const char usage_text[] =
+    "usage: mp train [OPTION...]            learn digits, a row of figures an epoch\n"
+    "       mp test MODEL [--data DIR]      what a saved model gets right, and what it takes for what\n"
+    "       mp article                      the article's 1-5-1 network, as written and with ReLU\n"
+    "       mp --help, mp train --help      every option with its default\n";
+static void print_help() {
+  printf("mp trains a multi-layer perceptron in mixed precision.\n\n%s\noptions of train:\n", usage_text);
+  for (const Option& option : option_table) {
+    const std::string left = std::string("  --") + option.name + " " + option.values, value = option.get(Options());
+    printf("%-42s %s%s\n", left.c_str(), option.help, value.empty() ? "" : (" [" + value + "]").c_str());
+  }
+  printf(
+      "\nMP_THREADS=N uses N threads of a CPU; MP_ORDER=forward|backward|N the order in which it runs a block's "
+      "threads.\n");
+}
+static Options parse(const std::string& command, const std::vector<std::string>& words) {
+  Options o;
+  for (size_t i = 0; i < words.size(); i++) {
+    if (words[i].rfind("--", 0) != 0) {
+      o.files.push_back(words[i]);
+      continue;
+    }
+    const size_t equals = words[i].find('=');
+    const std::string name = words[i].substr(2, equals == std::string::npos ? equals : equals - 2);
+    const Option* option = find_option(name);
+    if (!option) misuse("unknown option --" + name);
+    if (command == "test" && name != "data") misuse("--" + name + " is an option of mp train; mp test has only --data");
+    if (o.has(option->name)) misuse("--" + name + " is given twice");
+    if (equals == std::string::npos && i + 1 == words.size()) misuse("--" + name + " needs a value: " + option->values);
+    set_option(o, *option, equals == std::string::npos ? words[++i] : words[i].substr(equals + 1));
+    o.given.push_back(option->name);
+  }
+  return o;
+}
+static int run_command(const std::vector<std::string>& words) {
+  const std::string command = words.empty() ? "" : words[0];
+  for (const std::string& word : words)
+    if (word == "--help" || word == "-h") return print_help(), 0;
+  if (command == "train" || command == "test") {
+    const Options o = parse(command, {words.begin() + 1, words.end()});
+    if (command == "test") return test(o);
+    if (!o.files.empty()) misuse("'" + o.files[0] + "' is no option");
+    return train(o);
+  }
+  if (command == "article" && words.size() == 1) return article();
+  misuse(command.empty()        ? "no command"
+         : command == "article" ? "article takes no options"
+                                : "unknown command '" + command + "'");
+}
+// Weak, so that the tests, which have a main of their own, can be linked with this file.
+__attribute__((weak)) int main(int argc, char** argv) {
+  try {
+    const int status = run_command({argv + 1, argv + argc});
+    if (fflush(stdout) != 0 || ferror(stdout)) fail("standard output cannot be written: %s", strerror(errno));
+    return status;
+  } catch (const UsageError& error) {
+    fprintf(stderr, "mp: %s\n%s", error.what(), usage_text);
+    return 2;
+  } catch (const Error& error) {
+    fprintf(stderr, "%smp: %s\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", error.what());
+  } catch (const std::bad_alloc&) {
+    fprintf(stderr, "mp: out of memory; make --layers or --batch smaller\n");
+  }
+  return 1;
+}

@@ -1,0 +1,688 @@
+// mp.h: the words that mp.cu and tests.cpp share (part 1), and enough of CUDA to run the kernels without a GPU (part
+// 2).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if !defined(__CUDACC__)  // a plain C++ compiler reads past CUDA's marks
+#define __global__
+#define __host__
+#define __device__
+#endif
+
+// ==== Part 1: the vocabulary ========================================================================================
+// Article = the text this program follows, cited by section; paper = Micikevicius et al., Mixed Precision Training,
+// 2017.
+
+// ---- Errors: one line that says what was wrong, where, and what to do. main() prints it and ends with status 1. ----
+struct Error : std::runtime_error {
+  using runtime_error::runtime_error;
+};
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));  // throws Error; as printf
+
+// ---- Number formats (article 2.1; IEEE 754 binary16; bfloat16 is the upper half of a float) ------------------------
+struct half {
+  uint16_t bits;
+};  // 1 sign, 5 exponent, 10 fraction: up to 65504, normal from 2^-14, least 2^-24
+struct bfloat16 {
+  uint16_t bits;
+};  // 1 sign, 8 exponent, 7 fraction: the range of a float, 2 to 3 decimal digits
+enum class Type { fp32, fp16, bf16 };
+// Round to nearest, ties to even; subnormals kept; too large becomes infinity; NaN stays NaN. They raise nothing.
+__host__ __device__ half float_to_half(float x);
+__host__ __device__ float half_to_float(half h);
+__host__ __device__ bfloat16 float_to_bfloat16(float x);
+__host__ __device__ float bfloat16_to_float(bfloat16 b);
+// One of the two neighbours of x, the upper one with probability (x - lower) / (upper - lower); `random`: 64 even bits.
+__host__ __device__ half stochastic_half(float x, uint64_t random);
+__host__ __device__ bfloat16 stochastic_bfloat16(float x, uint64_t random);
+
+// ---- Tensor: a matrix in device memory, row after row. A copy of the struct is a view of the same numbers. ---------
+struct Tensor {
+  int rows = 0, cols = 0;
+  int stride = 0;  // from one row to the next, in elements: cols rounded up to 8, so that every row is 16-byte aligned
+  Type type = Type::fp32;
+  std::shared_ptr<char> memory;
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(memory.get());
+  }
+  size_t bytes() const { return size_t(rows) * size_t(stride) * (type == Type::fp32 ? 4 : 2); }
+};
+Tensor make_tensor(int rows, int cols, Type type);                  // zeros; fails when the device has not the memory
+Tensor first_rows(const Tensor& t, int rows);                       // a view of the upper rows
+std::vector<float> to_host(const Tensor& t);                        // [rows * cols], without the padding
+void to_device(const std::vector<float>& values, const Tensor& t);  // [rows * cols], each rounded to t's type
+
+// ---- The matrix products (design: one operation, three layouts; fp32 sums whatever the operands' type) -------------
+enum class Layout {
+  ABt,  // C[M,N] = A[M,K] B[N,K]^T   E2: z = a W^T
+  AB,   // C[M,N] = A[M,K] B[K,N]     E4: delta W
+  AtB,  // C[M,N] = A[K,M]^T B[K,N]   E5: dW = delta^T a
+};
+struct Epilogue {                // what happens to a sum before it is rounded, once, to C's type
+  const Tensor* bias = nullptr;  // [1, N]: added to every row
+  bool relu = false;             // then negative sums become 0 (NaN stays)
+  const Tensor* mask = nullptr;  // [M, N]: where it is not above 0 the result is 0: the derivative of that ReLU
+};
+// All operands of one type; any size from 1 up; C's padding may be written. They fail when the shapes do not fit.
+void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
+void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
+
+// ---- The network (article 4.1): a^0 the input, then for each layer z = a W^T + b, a = f(z) ------------------------
+enum class Loss { cross_entropy, squared_error };
+enum class Update { master, half, kahan, stochastic };  // article 3.1 and 3.2 step 5; paper 3.1; arXiv 2010.06192
+struct Layer {
+  Type type = Type::fp32;  // of everything below but `master`
+  Tensor master;           // [1, n] fp32: W row after row, then b, both with their padding; empty if update != master
+  Tensor weights;          // [1, n] compute copy of the master; in fp32 the master itself
+  Tensor gradients;        // [1, n] dL/dW and dL/db, times the loss scale
+  Tensor compensation;     // [1, n] what Kahan's sum still owes; else empty
+  Tensor W, b;             // [out, in] and [1, out]: views of weights
+  Tensor dW, db;           // the same of gradients
+  Tensor a;                // [batch, out] f(z); the logits in the last layer. Layer 0 has this alone: the input
+  Tensor delta;            // [batch, out] dL/dz, times the loss scale
+};
+struct Mlp {
+  int L = 0;                 // layers with weights: layer[1] to layer[L]
+  std::vector<Layer> layer;  // [L + 1]
+  int batch = 0, rows = 0;   // rows allocated; rows in use, fewer in the last batch of an evaluation
+  bool relu = true;          // f on the hidden layers; false: none, as the article writes it
+  Loss loss = Loss::cross_entropy;
+  Update update = Update::master;
+  uint64_t seed = 1;   // of the initial weights and of stochastic rounding
+  Tensor y;            // [batch, classes] fp32 targets: one-hot, or numbers
+  Tensor row_loss;     // [1, batch] fp32
+  Tensor log_sum_exp;  // [1, batch] fp32: log sum exp(z), kept by E1 for E3
+};
+Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update);  // fails on a size below 1
+Tensor kept_W(const Layer& layer);  // views of the parameters as training keeps them: of the master if there is one
+Tensor kept_b(const Layer& layer);
+void set_parameters(Layer& layer, const std::vector<float>& W, const std::vector<float>& b);  // and their compute copy
+void initialise(Mlp& net);  // article 3.2 step 1: W from He's normal distribution (arXiv 1502.01852), b = 0, in fp32
+
+// ---- Loss scaling (article 3.1; paper 3.2; torch.amp.GradScaler). Its state lives on the device.
+// ---------------------
+struct StepState {
+  float scale = 65536;     // multiplies the loss gradient, so that small gradients stay above fp16's 2^-24
+  int growth_tracker = 0;  // finite steps since the scale last changed
+  int found_inf = 0;       // this step's gradients hold an inf or a NaN: no update
+  int skipped = 0;         // updates left out so far
+  float loss = 0;          // this step's mean over the batch, unscaled
+  int halted = 0;     // a dynamic scale cannot help any more (see LossScaler::update); nothing changes from then on
+  int position = 0;   // of the next batch in this epoch
+  unsigned step = 0;  // steps since training began
+};
+struct StepRecord {
+  float loss, loss_scale;
+  int found_inf;
+};  // a row of the log
+struct LossScaler {
+  float growth = 2, backoff = 0.5f;     // both 1: a fixed scale
+  int interval = 2000;                  // finite steps until the scale grows
+  std::shared_ptr<StepState> state;     // device memory
+  std::shared_ptr<StepRecord> history;  // device memory, a record a step of this epoch; may be empty
+  explicit LossScaler(float scale = 65536, float growth = 2, float backoff = 0.5f, int interval = 2000);
+  void update();  // after a step: the next scale. Halts if a dynamic scale sinks below 1 or the loss is not finite
+  StepState read() const;
+  void write(const StepState& s);
+};
+
+// ---- A training step: the boxes A to H of article 2.3. Each is a launch or two; the host waits for none. -----------
+struct Batch {                             // device memory; images, or else points x with targets y
+  const uint8_t* pixels = nullptr;         // [n, in], 0 to 255
+  const uint8_t* labels = nullptr;         // [n]
+  const float *x = nullptr, *y = nullptr;  // [n, in] and [n, classes]
+  const int* order = nullptr;              // [n] a permutation: sample i of the epoch is order[i]; none: i
+  int rows = 0;                            // of this batch
+};
+void preprocess(Mlp& net, const Batch& batch, const LossScaler* scaler);  // A B  a0 = pixel / 255, y = one-hot
+void forward(Mlp& net, int l);                                            // C D  E2
+void loss(Mlp& net, LossScaler& scaler);                                  // E    E1
+void output_delta(Mlp& net, const LossScaler& scaler);                    // F    E3, times the scale
+void backward(Mlp& net, int l);                                           // F    E4: delta of layer l - 1
+void weight_gradient(Mlp& net, int l);                                    // F    E5
+void unscale_and_check(Mlp& net, LossScaler& scaler);                     // G    found_inf
+void update(Mlp& net, LossScaler& scaler, float lr);                      // G    w -= lr g / scale, unless found_inf
+void train_step(Mlp& net, const Batch& batch, LossScaler& scaler, float lr);
+// H: the class with the largest logit of each of n images (host memory, [n, in] bytes)
+std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels);
+
+// ---- Data and checkpoints (article 5.1, 5.2). All fail, with the file's name in the message. -----------------------
+std::vector<uint8_t> read_file(const std::string& path);
+void write_file(const std::string& path, const std::string& bytes);  // all of it, or the old file stays
+
+struct Images {
+  int count = 0, pixels = 0, classes = 10;
+  std::vector<uint8_t> pixel;  // [count, pixels], row by row, 0 is background
+  std::vector<uint8_t> label;  // [count], 0 .. classes - 1
+};
+struct Dataset {
+  Images train, test;
+  std::string what;  // for a person: which files were read
+};
+Dataset load_dataset(const std::string& folder);
+
+struct SavedTensor {
+  std::string name;
+  std::vector<int64_t> shape;
+  std::vector<float> value;  // the product of shape
+};
+struct SafeTensors {
+  std::map<std::string, std::string> metadata;
+  std::vector<SavedTensor> tensors;  // in the order of their bytes
+};
+SafeTensors read_safetensors(const std::string& path);
+void write_safetensors(const std::string& path, const SafeTensors& file);
+
+// ==== Part 2: two machines ==========================================================================================
+// ---- On an NVIDIA GPU, compiled by nvcc --------------------------------------------------------------------------
+#if defined(__CUDACC__)
+#define UNROLL _Pragma("unroll")
+constexpr int row_threads = 64, element_threads = 256, elements_per_block = 2048;
+constexpr int WIDE = 8, WIDES = 1;  // a thread of gemm_tiled holds 8 rows of WIDES * WIDE results in registers
+struct alignas(16) Wide {
+  float v[WIDE];
+};
+__device__ __forceinline__ void add_product(Wide& sum, float a, const Wide& b) {
+  UNROLL for (int j = 0; j < WIDE; j++) sum.v[j] += a * b.v[j];
+}
+__device__ __forceinline__ float element(const Wide& x, int j) { return x.v[j]; }
+__device__ __forceinline__ float machine_float(half h) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h.bits));
+  return x;
+}
+__device__ __forceinline__ half machine_half(float x) {
+  half h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
+  return h;
+}
+template <class T>
+__device__ __forceinline__ void poison_shared(T&) {}  // a GPU's shared memory holds anything anyway
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
+  kernel<<<grid, block>>>(args...);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) fail("a kernel did not start: %s", cudaGetErrorString(error));
+}
+inline std::string machine() {
+  int device = 0;
+  cudaDeviceProp p;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&p, device) != cudaSuccess)
+    fail("no CUDA device answers (%s); `make BACKEND=cpu` builds a program that needs none",
+         cudaGetErrorString(cudaGetLastError()));
+  return std::string(p.name) + " (CUDA)";
+}
+#endif
+
+// ---- CUDA on a CPU: the same kernels, thread by thread -------------------------------------------------------------
+// A block runs on one OS thread; its CUDA threads are fibers: stacks that take turns. A thread runs until it must wait
+// for others (a barrier, a warp-wide instruction), then the next one runs. Blocks are spread over the cores.
+#if !defined(MP_CUDA)
+#undef _FORTIFY_SOURCE  // its check of longjmp takes a switch of stacks for an error
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#define MP_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define MP_ASAN 1
+#endif
+#endif
+#if MP_ASAN  // it guards no thread_local arrays: plain ones then, and one OS thread for all blocks
+#include <sanitizer/common_interface_defs.h>
+#define __shared__ static
+#else
+#define __shared__ static thread_local  // a block never leaves its OS thread
+#endif
+#if __has_include(<valgrind/valgrind.h>)
+#include <valgrind/valgrind.h>
+#else
+#define VALGRIND_STACK_REGISTER(from, to) 0
+#endif
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+inline thread_local uint3 threadIdx{}, blockIdx{};
+inline thread_local dim3 blockDim{}, gridDim{};
+
+// The runtime calls of mp.cu. Device memory is ordinary memory.
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline const char* cudaGetErrorString(cudaError_t e) { return e ? "out of memory" : "no error"; }
+inline cudaError_t cudaMalloc(void** p, size_t bytes) {
+  static const size_t all = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+  *p = bytes < all ? std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64) : nullptr;  // not the lazy promise of more
+  return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFree(void* p) { return std::free(p), cudaSuccess; }
+inline cudaError_t cudaMemset(void* p, int v, size_t bytes) { return std::memset(p, v, bytes), cudaSuccess; }
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (bytes) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+// A register tile's rows are vectors of the machine; element-wise kernels have one thread a block, and many elements.
+constexpr int row_threads = 8, element_threads = 1, elements_per_block = 8192;
+#if defined(__AVX512F__)
+constexpr int WIDE = 16, WIDES = 2;  // 16 of the 32 vector registers hold sums
+#else
+constexpr int WIDE = 8, WIDES = 1;
+#endif
+typedef float Wide __attribute__((vector_size(4 * WIDE), may_alias));
+__forceinline__ void add_product(Wide& sum, float a, const Wide& b) { sum += a * b; }
+__forceinline__ float element(const Wide& x, int j) { return x[j]; }
+
+typedef uint32_t Bits_8 __attribute__((vector_size(32), may_alias));
+typedef uint16_t Short_8 __attribute__((vector_size(16), may_alias));
+__forceinline__ void load(const bfloat16* p, float (&x)[8]) {
+  const Bits_8 bits = __builtin_convertvector(*(const Short_8*)p, Bits_8) << 16;
+  std::memcpy(x, &bits, 32);
+}
+__forceinline__ void store(bfloat16* p, const float (&x)[8]) {  // float_to_bfloat16, 8 at once
+  Bits_8 u;
+  std::memcpy(&u, x, 32);
+  const Bits_8 nan = (Bits_8)((u & 0x7fffffff) > 0x7f800000);
+  const Bits_8 b = (~nan & ((u + 0x7fff + (u >> 16 & 1)) >> 16)) | (nan & (u >> 16 | 0x40));
+  *(Short_8*)p = __builtin_convertvector(b, Short_8);
+}
+// Halves by the machine's own instruction, where the compiler offers one; mp.cu's bit operations, where not.
+#if defined(__F16C__)
+__forceinline__ float machine_float(half h) { return _cvtsh_ss(h.bits); }
+__forceinline__ half machine_half(float x) { return half{uint16_t(_cvtss_sh(x, 0))}; }
+__forceinline__ void load(const half* p, float (&x)[8]) {
+  _mm256_storeu_ps(x, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+}
+__forceinline__ void store(half* p, const float (&x)[8]) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(_mm256_loadu_ps(x), 0));
+}
+#elif defined(__aarch64__)
+__forceinline__ float machine_float(half h) {
+  __fp16 f;
+  std::memcpy(&f, &h, 2);
+  return float(f);
+}
+__forceinline__ half machine_half(float x) {
+  const __fp16 f = __fp16(x);
+  half h;
+  std::memcpy(&h, &f, 2);
+  return h;
+}
+#else
+__forceinline__ float machine_float(half h) { return half_to_float(h); }
+__forceinline__ half machine_half(float x) { return float_to_half(x); }
+#endif
+
+namespace cpu {
+enum Order {
+  forward,
+  backward,
+  shuffled
+};  // of the threads of a block, and of the blocks: MP_ORDER=backward or a seed
+inline Order order = forward;
+inline unsigned seed = 1;
+inline bool poison = false;  // __shared__ starts as NaN: whenever MP_ORDER is set
+
+// -- Fibers: jump(from, to) leaves one stack and goes on where the other one stopped --
+constexpr size_t stack_bytes = 64 * 1024;
+void fiber_main();
+struct Fiber {
+  std::unique_ptr<char[]> memory;  // none: the OS thread's own stack
+  const void* bottom = nullptr;
+  size_t bytes = stack_bytes;
+  void* sp = nullptr;
+  void* fake = nullptr;  // AddressSanitizer's
+  bool started = false;
+  jmp_buf state;
+};
+#if defined(__x86_64__) && !defined(MP_PORTABLE_FIBERS)
+__attribute__((naked, noinline)) inline void switch_stack(void** /*save*/, void* /*load*/) {
+  asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15; mov %rsp, (%rdi); mov %rsi, %rsp;"
+      "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");  // what a C++ call expects to find unchanged
+}
+inline void go(Fiber& from, Fiber& to) {
+  if (!to.started && to.memory) {  // a new stack looks as if fiber_main was about to be returned to
+    void** top = (void**)((char*)to.bottom + stack_bytes);
+    to.sp = std::fill_n(top - 8, 8, nullptr) - 8;
+    top[-2] = (void*)fiber_main;
+    to.started = true;
+  }
+  switch_stack(&from.sp, to.sp);
+}
+#else
+inline void go(Fiber& from, Fiber& to) {
+  if (_setjmp(from.state)) return;
+  if (to.started || !to.memory) _longjmp(to.state, 1);
+  to.started = true;
+  ucontext_t c;
+  getcontext(&c);
+  c.uc_stack.ss_sp = (void*)to.bottom, c.uc_stack.ss_size = to.bytes, c.uc_link = nullptr;
+  makecontext(&c, fiber_main, 0);
+  setcontext(&c);
+}
+#endif
+inline void jump(Fiber& from, Fiber& to) {
+#if MP_ASAN
+  __sanitizer_start_switch_fiber(&from.fake, to.bottom, to.bytes);
+#endif
+  go(from, to);
+#if MP_ASAN
+  __sanitizer_finish_switch_fiber(from.fake, nullptr, nullptr);
+#endif
+}
+
+// -- A block: its threads, its warps, and whose turn it is --
+struct Barrier {
+  int arrived = 0, passed = 0;
+  unsigned mask = 0;
+  const char* what = nullptr;
+};
+struct Thread {
+  uint3 index;
+  Fiber* fiber;
+  Barrier* at;
+  int passed;
+};
+struct Warp {
+  Barrier barrier[32];
+  void* lane[32];
+};  // a mask's barrier is that of its lowest lane
+struct Block {
+  void (*body)(void*);
+  void* kernel;
+  int size = 0, begun = 0, alive = 0, me = 0, turn = 0;  // turn: a place in `queue`
+  dim3 dim{0, 0, 0};
+  std::vector<Thread> thread;
+  std::vector<int> queue;  // thread numbers in the order in which they begin
+  std::vector<Warp> warp;
+  std::vector<void*> poisoned;  // the __shared__ arrays met so far
+  Barrier all;
+  Fiber os;                                    // the OS thread's own stack
+  std::vector<std::unique_ptr<Fiber>> fibers;  // every one ever made
+  std::vector<Fiber*> idle;                    // those without a thread now
+};
+inline thread_local Block* now = nullptr;
+
+[[noreturn]] inline void die(const char* why) {
+  std::fprintf(stderr, "block (%u,%u,%u), thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, now->me, why);
+  for (int i = 0, shown = 0; i < now->size && shown < 8; i++)
+    if (now->thread[i].at) std::fprintf(stderr, "  thread %d waits in %s\n", i, now->thread[i].at->what), shown++;
+  std::abort();  // here a debugger shows every stack
+}
+inline Fiber* ready_fiber() {  // of the next thread that need not wait any more
+  Block& b = *now;
+  if (order != forward) b.turn = b.size - 1;  // search from the head: the first threads run far ahead of the others
+  for (int i = 0; i < b.size; i++) {
+    if (++b.turn >= b.size) b.turn = 0;
+    Thread& t = b.thread[b.queue[b.turn]];
+    if (t.at && t.at->passed != t.passed) return t.fiber;
+  }
+  return nullptr;
+}
+inline Fiber* new_fiber(Block& b) {
+  b.fibers.push_back(std::make_unique<Fiber>());
+  Fiber& f = *b.fibers.back();
+  f.memory.reset(new char[stack_bytes + 2048]);
+  const uintptr_t start = ((uintptr_t)f.memory.get() + 63) & ~(uintptr_t)63;
+  f.bottom = (void*)(start + b.fibers.size() % 16 * 64);  // staggered, or the busiest lines would share a cache set
+  (void)VALGRIND_STACK_REGISTER(f.bottom, (char*)f.bottom + stack_bytes);
+  return &f;
+}
+inline Fiber& next_fiber() {
+  Block& b = *now;
+  if (order != forward)
+    if (Fiber* f = ready_fiber()) return *f;
+  if (b.begun < b.size) {  // one that starts further threads
+    if (b.idle.empty()) return *new_fiber(b);
+    Fiber* f = b.idle.back();
+    b.idle.pop_back();
+    return *f;
+  }
+  if (Fiber* f = ready_fiber()) return *f;
+  if (b.alive) die("the threads wait for each other (a barrier that not all of them reach?)");
+  return b.os;
+}
+inline void wait_at(Barrier& bar, int expected, const char* what) {
+  Block& b = *now;
+  if (bar.arrived && bar.what != what) die("threads of one warp wait in different instructions");
+  bar.what = what;
+  if (++bar.arrived >= expected) {
+    bar.arrived = 0, bar.passed++;
+    return;
+  }
+  const int me = b.me;
+  const uint3 index = threadIdx;
+  Thread& t = b.thread[me];
+  t.at = &bar, t.passed = bar.passed;
+  jump(*t.fiber, next_fiber());
+  t.at = nullptr, b.me = me, threadIdx = index;
+}
+inline void fiber_main() {  // runs threads one after another; a thread that waits keeps the fiber, and another goes on
+#if MP_ASAN
+  const void* bottom;
+  size_t bytes;
+  __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
+  if (!now->os.bottom) now->os.bottom = bottom, now->os.bytes = bytes;
+#endif
+  Block& b = *now;
+  Fiber* self = nullptr;
+  for (auto& f : b.fibers)
+    if ((char*)&self >= (char*)f->bottom && (char*)&self < (char*)f->bottom + f->bytes) self = f.get();
+  for (;;) {
+    while (b.begun < b.size) {
+      b.me = b.queue[b.begun++];
+      Thread& t = b.thread[b.me];
+      t.fiber = self, threadIdx = t.index;
+      b.body(b.kernel);
+      b.alive--;
+      if (b.all.arrived && b.all.arrived == b.alive) b.all.arrived = 0, b.all.passed++;  // nobody else can come
+    }
+    b.idle.push_back(self);
+    jump(*self, next_fiber());
+  }
+}
+inline void run_block(int number, dim3 grid, dim3 dim, void (*body)(void*), void* kernel) {
+  static thread_local Block block;
+  Block& b = block;
+  now = &b;
+  if (dim.x != b.dim.x || dim.y != b.dim.y || dim.z != b.dim.z) {
+    b.dim = dim, b.size = int(dim.x * dim.y * dim.z);
+    b.thread.assign(b.size, {}), b.queue.resize(b.size), b.warp.assign((b.size + 31) / 32, {});
+    for (int i = 0; i < b.size; i++) b.thread[i].index = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
+  }
+  const int n = b.size, blocks = int(grid.x * grid.y * grid.z);
+  if (order == backward) number = blocks - 1 - number;
+  if (order == shuffled) number = int((number + 7919ull * seed) % blocks);
+  for (int i = 0; i < n; i++) b.queue[i] = order == backward ? n - 1 - i : i;
+  unsigned random = seed * 2654435761u + number * 40503u + 12345;
+  for (int i = n - 1; order == shuffled && i > 0; i--)
+    random = random * 1664525u + 1013904223u, std::swap(b.queue[i], b.queue[(random >> 8) % (i + 1)]);
+  blockIdx = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
+  gridDim = grid, blockDim = dim;
+  b.body = body, b.kernel = kernel, b.begun = 0, b.alive = n, b.turn = n - 1;
+  b.poisoned.clear();
+  jump(b.os, next_fiber());
+}
+
+// -- The pool: whoever is free takes the next block --
+struct Pool {
+  std::atomic<int> left{0}, unfinished{0}, asleep{0};
+  std::atomic<bool> quit{false};
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::vector<std::thread> helpers;
+  dim3 grid, dim;
+  int blocks = 0;
+  void (*body)(void*) = nullptr;
+  void* kernel = nullptr;
+  explicit Pool(int workers) {
+#if MP_ASAN
+    workers = 1;
+#endif
+    while (--workers > 0) helpers.emplace_back([this] { help(); });
+  }
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      quit = true;
+    }
+    wake.notify_all();
+    for (auto& h : helpers) h.join();
+  }
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  void work() {
+    for (int n = left; n > 0;)
+      if (left.compare_exchange_weak(n, n - 1)) run_block(blocks - n, grid, dim, body, kernel), unfinished--, n = left;
+  }
+  void help() {
+    while (!quit) {
+      for (int spins = 0; spins < 2000 && left <= 0 && !quit; spins++) pause();  // some 50 us, then sleep
+      if (left <= 0) {
+        std::unique_lock<std::mutex> lock(mutex);
+        asleep++;
+        wake.wait(lock, [this] { return left > 0 || quit; });
+        asleep--;
+      }
+      work();
+    }
+  }
+  void run(dim3 g, dim3 d, void (*f)(void*), void* k) {
+    const int count = int(g.x * g.y * g.z);
+    if (count == 1 || helpers.empty()) {  // not worth the telling
+      for (int i = 0; i < count; i++) run_block(i, g, d, f, k);
+      return;
+    }
+    grid = g, dim = d, body = f, kernel = k, blocks = count;
+    unfinished = count;
+    left = count;
+    if (asleep > 0) {
+      std::lock_guard<std::mutex> lock(mutex);
+      wake.notify_all();
+    }
+    work();
+    for (int spins = 0; unfinished > 0; spins++) spins < 20000 ? pause() : std::this_thread::yield();
+  }
+};
+inline std::unique_ptr<Pool>& pool() {  // MP_THREADS=N, else every core
+  static std::unique_ptr<Pool> p = [] {
+    if (const char* s = std::getenv("MP_ORDER")) {
+      poison = true;
+      order = !std::strcmp(s, "forward") ? forward : !std::strcmp(s, "backward") ? backward : shuffled;
+      if (order == shuffled && (seed = unsigned(std::strtoul(s, nullptr, 10))) == 0)
+        fail("MP_ORDER=%s: must be forward, backward or a number from 1 up, the seed of a random order", s);
+    }
+    int workers = int(std::max(1u, std::thread::hardware_concurrency()));
+    if (const char* s = std::getenv("MP_THREADS"))
+      if ((workers = std::atoi(s)) < 1 || workers > 1024) fail("MP_THREADS=%s: must be a number from 1 to 1024", s);
+    return std::make_unique<Pool>(workers);
+  }();
+  return p;
+}
+inline void use_os_threads(int n) { pool().reset(), pool() = std::make_unique<Pool>(n); }
+
+// -- Instructions in which the lanes of a warp meet: the last to come does the work of all --
+template <class Lane, class F>
+void together(unsigned mask, Lane& mine, const char* what, F all_lanes) {
+  Block& b = *now;
+  Warp& w = b.warp[b.me / 32];
+  const int lane = b.me % 32, lanes = std::min(32, b.size - b.me / 32 * 32);
+  mask &= ~0u >> (32 - lanes);
+  if (!(mask >> lane & 1)) die("a lane is not in its own mask");
+  Barrier& bar = w.barrier[__builtin_ctz(mask)];
+  if (bar.arrived && bar.mask != mask) die("the lanes of a warp name different masks");
+  bar.mask = mask, w.lane[lane] = &mine;
+  const int expected = __builtin_popcount(mask);
+  if (bar.arrived + 1 == expected) all_lanes((Lane**)w.lane, mask);
+  wait_at(bar, expected, what);
+}
+template <class T>
+T exchange(unsigned mask, T value, int from, const char* what) {  // what lane `from` brought
+  struct Lane {
+    T in, out;
+    int from;
+  } mine{value, value, from};
+  together(mask, mine, what, [](Lane** lane, unsigned lanes) {
+    for (int i = 0; i < 32; i++)
+      if (lanes >> i & 1) {
+        if (lanes >> lane[i]->from & 1)
+          lane[i]->out = lane[lane[i]->from]->in;
+        else
+          std::memset((void*)&lane[i]->out, 0xff, sizeof(T));  // undefined in CUDA
+      }
+  });
+  return mine.out;
+}
+inline int lane_id() { return now->me % 32; }
+}  // namespace cpu
+
+template <class T>
+void poison_shared(T& array) {  // the first thread of a block to come fills it with NaN
+  if (!cpu::poison) return;
+  auto& done = cpu::now->poisoned;
+  if (std::find(done.begin(), done.end(), (void*)&array) != done.end()) return;
+  std::memset((void*)&array, 0xff, sizeof(T));
+  done.push_back((void*)&array);
+}
+inline void __syncthreads() { cpu::wait_at(cpu::now->all, cpu::now->alive, "__syncthreads"); }
+inline void __syncwarp(unsigned mask = ~0u) { cpu::exchange(mask, 0, cpu::lane_id(), "__syncwarp"); }
+template <class T>
+T __shfl_sync(unsigned mask, T v, int from) {
+  return cpu::exchange(mask, v, from & 31, "__shfl_sync");
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T v, int bits) {
+  return cpu::exchange(mask, v, cpu::lane_id() ^ bits, "__shfl_xor_sync");
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T v, int n) {
+  const int lane = cpu::lane_id();
+  return cpu::exchange(mask, v, lane + n < 32 ? lane + n : lane, "__shfl_down_sync");
+}
+inline int atomicOr(int* p, int v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
+  auto body = [&] { kernel(args...); };
+  cpu::pool()->run(
+      grid, block, [](void* f) { (*(decltype(body)*)f)(); }, &body);
+}
+inline std::string machine() {
+  const size_t n = cpu::pool()->helpers.size() + 1;
+  return "CPU, " + std::to_string(n) + (n > 1 ? " threads" : " thread") +
+         " (no GPU used: everything works, only slower)";
+}
+#endif
