@@ -31,7 +31,7 @@
 
 #include "mp.h"
 
-// ==== 2.1 Number formats: a float rounded to 16 bits, and back ======================================================
+// ==== 2.1 Number formats: a float rounded to 16 bits, and back =======================================================
 __host__ __device__ inline uint32_t bits_of(float x) {
   uint32_t u;
   memcpy(&u, &x, 4);
@@ -70,12 +70,9 @@ __host__ __device__ float half_to_float(half h) {
   const uint32_t sign = (h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31, fraction = h.bits & 1023;
   float x = 0;
   //{ half_to_float
-  if (exponent == 31)
-    x = float_of(0x7f800000 | fraction << 13);  // infinity, NaN
-  else if (exponent > 0)
-    x = float_of((exponent + 112) << 23 | fraction << 13);  // 112 = 127 - 15, the biases
-  else
-    x = float(fraction) * 0x1p-24f;  // subnormal, zero
+  if (exponent == 31) x = float_of(0x7f800000 | fraction << 13);                 // infinity, NaN
+  else if (exponent > 0) x = float_of((exponent + 112) << 23 | fraction << 13);  // 112 = 127 - 15, the biases
+  else x = float(fraction) * 0x1p-24f;                                           // subnormal, zero
   //}
   return float_of(sign | bits_of(x));
 }
@@ -95,45 +92,34 @@ __host__ __device__ float bfloat16_to_float(bfloat16 b) { return float_of(uint32
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(half x) { return machine_float(x); }
 __device__ __forceinline__ float to_float(bfloat16 x) { return bfloat16_to_float(x); }
-template <class T>
-__device__ T round_to(float x);
-template <>
-__device__ __forceinline__ float round_to(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ half round_to(float x) {
-  return machine_half(x);
-}
-template <>
-__device__ __forceinline__ bfloat16 round_to(float x) {
-  return float_to_bfloat16(x);
-}
-template <class T, int n>
-struct alignas(n == 8 ? 16 : sizeof(T)) Group {
-  T v[n];
-};
-template <class T, int n>
-__device__ __forceinline__ void load(const T* p, float (&x)[n]) {
+template <class T> __device__ T round_to(float x);
+template <> __device__ __forceinline__ float round_to(float x) { return x; }
+template <> __device__ __forceinline__ half round_to(float x) { return machine_half(x); }
+template <> __device__ __forceinline__ bfloat16 round_to(float x) { return float_to_bfloat16(x); }
+template <class T, int n> struct alignas(n == 8 ? 16 : sizeof(T)) Group { T v[n]; };
+template <class T, int n> __device__ __forceinline__ void load(const T* p, float (&x)[n]) {
   const Group<T, n> group = *(const Group<T, n>*)p;
   UNROLL for (int j = 0; j < n; j++) x[j] = to_float(group.v[j]);
 }
-template <class T, int n>
-__device__ __forceinline__ void store(T* p, const float (&x)[n]) {
+template <class T, int n> __device__ __forceinline__ void store(T* p, const float (&x)[n]) {
   Group<T, n> group;
   UNROLL for (int j = 0; j < n; j++) group.v[j] = round_to<T>(x[j]);
   *(Group<T, n>*)p = group;
 }
 
+// A tensor as a kernel sees it
+template <class T> struct Matrix {
+  T* data;
+  int rows, cols, stride;
+  __device__ T* row(int r) const { return data + size_t(r) * stride; }
+};
+template <class T> Matrix<T> matrix(const Tensor& t) { return {t.as<T>(), t.rows, t.cols, t.stride}; }
+
 // Calls f with a zero of the C++ type that `type` names.
-template <class F>
-void with_type(Type type, F f) {
-  if (type == Type::fp16)
-    f(half{});
-  else if (type == Type::bf16)
-    f(bfloat16{});
-  else
-    f(0.f);
+template <class F> void with_type(Type type, F f) {
+  if (type == Type::fp16) f(half{});
+  else if (type == Type::bf16) f(bfloat16{});
+  else f(0.f);
 }
 
 // ==== 2.3 The architecture: one training step, boxes A to H ==========================================================
@@ -162,37 +148,33 @@ __device__ __forceinline__ Share my_share(int n) {
   const int begin = int(blockIdx.x) * elements_per_block, end = begin + elements_per_block;
   return {begin + int(threadIdx.x) * 8, end < n ? end : n, int(blockDim.x) * 8};
 }
-template <class... P, class... A>
-void launch_elements(void (*kernel)(P...), int n, A... args) {
+template <class... P, class... A> void launch_elements(void (*kernel)(P...), int n, A... args) {
   launch(kernel, unsigned((n + elements_per_block - 1) / elements_per_block), element_threads, args...);
 }
 
-template <class T>
-__global__ void preprocess_kernel(Batch batch, const StepState* state, T* a0, int in, int stride) {
+template <class T> __global__ void preprocess_kernel(Batch batch, const StepState* state, Matrix<T> a0) {
   const int first = state ? state->position * batch.rows : 0;
-  const Share share = my_share(batch.rows * stride);
+  const Share share = my_share(batch.rows * a0.stride);
   for (int i = share.begin; i < share.end; i += share.step) {
-    const int row = i / stride, col = i % stride;
-    const size_t sample = size_t(batch.order ? batch.order[first + row] : first + row);
+    const int row = first + i / a0.stride, col = i % a0.stride;
+    const size_t from = size_t(batch.order ? batch.order[row] : row) * a0.cols + col;
     float a[8] = {};
     if (batch.x) {
-      for (int j = 0; j < 8 && col + j < in; j++) a[j] = batch.x[sample * in + col + j];
-    } else if (col + 8 <= in) {
-      const uint8_t* pixel = batch.pixels + sample * in + col;
-      UNROLL for (int j = 0; j < 8; j++) a[j] = pixel[j] / 255.f;
+      for (int j = 0; j < 8 && col + j < a0.cols; j++) a[j] = batch.x[from + j];
+    } else if (col + 8 <= a0.cols) {
+      UNROLL for (int j = 0; j < 8; j++) a[j] = batch.pixels[from + j] / 255.f;
     } else {
-      for (int j = 0; col + j < in; j++) a[j] = batch.pixels[sample * in + col + j] / 255.f;
+      for (int j = 0; col + j < a0.cols; j++) a[j] = batch.pixels[from + j] / 255.f;
     }
-    store(a0 + i, a);
+    store(a0.data + i, a);
   }
 }
-__global__ void targets_kernel(Batch batch, const StepState* state, float* y, int classes, int stride) {
-  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+__global__ void targets_kernel(Batch batch, const StepState* state, Matrix<float> y) {
+  const int row = blockIdx.x * blockDim.x + threadIdx.x, place = (state ? state->position * batch.rows : 0) + row;
   if (row >= batch.rows) return;
-  const int place = (state ? state->position * batch.rows : 0) + row;
   const size_t sample = size_t(batch.order ? batch.order[place] : place);
-  for (int c = 0; c < classes; c++)
-    y[row * stride + c] = batch.y ? batch.y[sample * classes + c] : batch.labels[sample] == c ? 1.f : 0.f;
+  for (int i = 0; i < y.cols; i++)
+    y.row(row)[i] = batch.y ? batch.y[sample * y.cols + i] : batch.labels[sample] == i ? 1.f : 0.f;
 }
 static dim3 rows_grid(int rows) { return unsigned(rows + row_threads - 1) / row_threads; }
 void preprocess(Mlp& net, const Batch& batch, const LossScaler* scaler) {
@@ -201,133 +183,13 @@ void preprocess(Mlp& net, const Batch& batch, const LossScaler* scaler) {
   net.rows = batch.rows;
   with_type(a0.type, [&](auto zero) {
     using T = decltype(zero);
-    launch_elements(preprocess_kernel<T>, batch.rows * a0.stride, batch, state, a0.as<T>(), a0.cols, a0.stride);
+    launch_elements(preprocess_kernel<T>, batch.rows * a0.stride, batch, state, matrix<T>(a0));
   });
   if (batch.labels || batch.y)
-    launch(targets_kernel, rows_grid(batch.rows), row_threads, batch, state, net.y.as<float>(), net.y.cols,
-           net.y.stride);
+    launch(targets_kernel, rows_grid(batch.rows), row_threads, batch, state, matrix<float>(net.y));
 }
 
-// ==== 3.2 step 1: the parameters begin in fp32
-// ========================================================================
-void fail(const char* format, ...) {
-  char text[1000];
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  for (char* c = text; *c; c++) {  // names from a file may hold line ends and what moves a terminal's cursor
-    if (uint8_t(*c) < ' ' || *c == 127) *c = '?';
-  }
-  throw Error(text);
-}
-
-#define CHECK(call) check(call, #call, __FILE__, __LINE__)
-static void check(cudaError_t error, const char* call, const char* file, int line) {
-  if (error != cudaSuccess) fail("%s:%d: %s: %s", file, line, call, cudaGetErrorString(error));
-}
-template <class T>
-static std::shared_ptr<T> device_array(size_t count) {
-  const size_t bytes = count * sizeof(T) + 64;
-  void* p = nullptr;
-  if (cudaMalloc(&p, bytes) != cudaSuccess)
-    fail("out of memory: no room for another %.1f MiB; make --batch or --layers smaller", double(bytes) / (1 << 20));
-  CHECK(cudaMemset(p, 0, bytes));
-  return std::shared_ptr<T>(static_cast<T*>(p), [](T* memory) { cudaFree(memory); });
-}
-
-template <class T>
-static std::shared_ptr<T> on_device(const std::vector<T>& values) {
-  const std::shared_ptr<T> memory = device_array<T>(values.size());
-  CHECK(cudaMemcpy(memory.get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return memory;
-}
-
-static int padded(int cols) { return (cols + 7) / 8 * 8; }
-Tensor make_tensor(int rows, int cols, Type type) {
-  if (rows < 1 || cols < 1 || (int64_t(cols) + 7) * rows > 1 << 30)  // kernels index with ints
-    fail("[%d, %d] is no size for a tensor: both at least 1, and at most 2^30 numbers in all", rows, cols);
-  Tensor t;
-  t.rows = rows, t.cols = cols, t.stride = padded(cols), t.type = type;
-  t.memory = device_array<char>(t.bytes());
-  return t;
-}
-Tensor first_rows(const Tensor& t, int rows) {
-  Tensor view = t;
-  view.rows = rows;
-  return view;
-}
-// [rows, cols] of the numbers of a flat tensor, from number `first` on
-static Tensor part_of(const Tensor& flat, int first, int rows, int cols) {
-  Tensor view = flat;
-  view.rows = rows, view.cols = cols, view.stride = padded(cols);
-  view.memory = std::shared_ptr<char>(flat.memory, flat.memory.get() + first * (flat.type == Type::fp32 ? 4 : 2));
-  return view;
-}
-std::vector<float> to_host(const Tensor& t) {
-  std::vector<uint32_t> raw(t.bytes() / 4);
-  CHECK(cudaMemcpy(raw.data(), t.memory.get(), t.bytes(), cudaMemcpyDeviceToHost));
-  const uint16_t* raw_16 = reinterpret_cast<const uint16_t*>(raw.data());
-  std::vector<float> values;
-  for (int row = 0; row < t.rows; row++)
-    for (int i = row * t.stride; i < row * t.stride + t.cols; i++)
-      values.push_back(t.type == Type::fp32   ? float_of(raw[i])
-                       : t.type == Type::fp16 ? half_to_float(half{raw_16[i]})
-                                              : bfloat16_to_float(bfloat16{raw_16[i]}));
-  return values;
-}
-void to_device(const std::vector<float>& values, const Tensor& t) {
-  if (values.size() != size_t(t.rows) * t.cols)
-    fail("%zu numbers do not fill a tensor of [%d, %d]", values.size(), t.rows, t.cols);
-  std::vector<uint32_t> raw(t.bytes() / 4);
-  uint16_t* raw_16 = reinterpret_cast<uint16_t*>(raw.data());
-  for (int row = 0; row < t.rows; row++)
-    for (int col = 0; col < t.cols; col++) {
-      const float x = values[size_t(row) * t.cols + col];
-      const int i = row * t.stride + col;
-      if (t.type == Type::fp32)
-        raw[i] = bits_of(x);
-      else
-        raw_16[i] = t.type == Type::fp16 ? float_to_half(x).bits : float_to_bfloat16(x).bits;
-    }
-  CHECK(cudaMemcpy(t.memory.get(), raw.data(), t.bytes(), cudaMemcpyHostToDevice));
-}
-
-Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update) {
-  if (sizes.size() < 2) fail("a network needs at least an input and an output layer");
-  if (type == Type::fp32 && update != Update::master) fail("fp32 weights lose nothing in an update: master is theirs");
-  Mlp net;
-  net.L = int(sizes.size()) - 1, net.batch = net.rows = batch, net.update = update;
-  net.layer.resize(sizes.size());
-  for (int l = 0; l <= net.L; l++) {
-    Layer& layer = net.layer[l];
-    layer.type = type;
-    layer.a = make_tensor(batch, sizes[l], type);
-    if (l == 0) continue;
-    const int in = sizes[l - 1], out = sizes[l];
-    if ((int64_t(in) + 8) * out > 1 << 30) fail("a layer of %d x %d has more than 2^30 weights", out, in);
-    const int W_size = out * padded(in), n = W_size + padded(out);
-    layer.delta = make_tensor(batch, out, type);
-    layer.gradients = make_tensor(1, n, type);
-    if (update == Update::master) layer.master = make_tensor(1, n, Type::fp32);
-    if (update == Update::kahan) layer.compensation = make_tensor(1, n, type);
-    layer.weights = type == Type::fp32 ? layer.master : make_tensor(1, n, type);
-    layer.W = part_of(layer.weights, 0, out, in), layer.b = part_of(layer.weights, W_size, 1, out);
-    layer.dW = part_of(layer.gradients, 0, out, in), layer.db = part_of(layer.gradients, W_size, 1, out);
-  }
-  net.y = make_tensor(batch, sizes.back(), Type::fp32);
-  net.row_loss = make_tensor(1, batch, Type::fp32), net.log_sum_exp = make_tensor(1, batch, Type::fp32);
-  return net;
-}
-// The parameters as they are kept: the master, or the weights where there is none
-static const Tensor& kept(const Layer& layer) { return layer.master.memory ? layer.master : layer.weights; }
-Tensor kept_W(const Layer& layer) { return part_of(kept(layer), 0, layer.W.rows, layer.W.cols); }
-Tensor kept_b(const Layer& layer) { return part_of(kept(layer), layer.W.rows * layer.W.stride, 1, layer.W.rows); }
-void set_parameters(Layer& layer, const std::vector<float>& W, const std::vector<float>& b) {
-  to_device(W, kept_W(layer)), to_device(b, kept_b(layer));
-  to_device(W, layer.W), to_device(b, layer.b);
-}
-
+// ==== 3.2 step 1: the parameters begin in fp32 =======================================================================
 // Random numbers by counting: the i-th of a seed, wherever and whenever it is asked for (splitmix64).
 __host__ __device__ inline uint64_t random_bits(uint64_t seed, uint64_t i) {
   uint64_t z = seed * 0xd1342543de82ef95u + (i + 1) * 0x9e3779b97f4a7c15u;
@@ -351,25 +213,23 @@ void initialise(Mlp& net) {
 
 // ==== 4.1 E1: the loss ===============================================================================================
 // E1 as the article has it, L = 1/2 sum (y - z)^2, and beside it softmax cross-entropy, L = -sum y log softmax(z).
-// Either in fp32 from the 16-bit logits z, a thread a row. The article leaves the batch out: here L is the mean over
-// its rows.
-template <class T>
-__global__ void loss_kernel(Loss kind, const T* z, int stride, const float* y, int stride_y, int classes, int rows,
-                            float* log_sum_exp, float* row_loss) {
-  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+// Either in fp32 from the 16-bit logits z, a thread a row. The article has no batch: here L is the mean over its rows.
+template <class T> __global__ void loss_kernel(Loss kind, Matrix<T> logits, Matrix<float> targets, int rows,
+                                               float* log_sum_exp, float* row_loss) {
+  const int row = blockIdx.x * blockDim.x + threadIdx.x, n = logits.cols;
   if (row >= rows) return;
-  z += size_t(row) * stride, y += size_t(row) * stride_y;
+  const T* z = logits.row(row);
+  const float* y = targets.row(row);
   float L = 0;
   //{ E1 loss
   if (kind == Loss::squared_error) {
-    for (int i = 0; i < classes; i++) L += 0.5f * (y[i] - to_float(z[i])) * (y[i] - to_float(z[i]));
+    for (int i = 0; i < n; i++) L += 0.5f * (y[i] - to_float(z[i])) * (y[i] - to_float(z[i]));
   } else {
     float largest = to_float(z[0]), sum = 0;  // subtracted, so that exp cannot overflow
-    for (int i = 1; i < classes; i++) largest = to_float(z[i]) > largest ? to_float(z[i]) : largest;
-    for (int i = 0; i < classes; i++) sum += expf(to_float(z[i]) - largest);
+    for (int i = 1; i < n; i++) largest = to_float(z[i]) > largest ? to_float(z[i]) : largest;
+    for (int i = 0; i < n; i++) sum += expf(to_float(z[i]) - largest);
     log_sum_exp[row] = largest + logf(sum);
-    for (int i = 0; i < classes; i++)
-      if (y[i] != 0) L += y[i] * (log_sum_exp[row] - to_float(z[i]));  // log softmax(z) = z - log sum exp(z)
+    for (int i = 0; i < n; i++) L += y[i] != 0 ? y[i] * (log_sum_exp[row] - to_float(z[i])) : 0;
   }
   //}
   row_loss[row] = L;
@@ -389,14 +249,13 @@ __global__ void mean_kernel(const float* row_loss, int rows, StepState* state) {
 void loss(Mlp& net, LossScaler& scaler) {
   const Tensor& z = net.layer[net.L].a;
   with_type(z.type, [&](auto zero) {
-    using T = decltype(zero);
-    launch(loss_kernel<T>, rows_grid(net.rows), row_threads, net.loss, z.as<T>(), z.stride, net.y.as<float>(),
-           net.y.stride, z.cols, net.rows, net.log_sum_exp.as<float>(), net.row_loss.as<float>());
+    launch(loss_kernel<decltype(zero)>, rows_grid(net.rows), row_threads, net.loss, matrix<decltype(zero)>(z),
+           matrix<float>(net.y), net.rows, net.log_sum_exp.as<float>(), net.row_loss.as<float>());
   });
   launch(mean_kernel, 1, 32, net.row_loss.as<float>(), net.rows, scaler.state.get());
 }
 
-// ==== 4.2.1 E2: forward, z = a W^T + b, a = f(z) ===================================================================
+// ==== 4.2.1 E2: forward, z = a W^T + b, a = f(z) =====================================================================
 // The article's z = W a for a batch of rows, with the bias and the activation that it leaves out. z itself is not kept:
 // it is the argument of f alone, and ReLU's derivative can be read off a.
 void forward(Mlp& net, int l) {
@@ -411,19 +270,20 @@ void forward(Mlp& net, int l) {
   //}
 }
 
-// ==== 4.2.2 E3, E4: backward
-// ========================================================================================== E3. The derivative of 1/2
-// (y - z)^2 is z - y (the article halves it), that of cross-entropy softmax(z) - y; both divided by the batch, for L is
-// a mean. Times the loss scale in fp32, before the one rounding to 16 bits: a derivative under 2^-25 would become zero
-// there.
-template <class T>
-__global__ void output_delta_kernel(Loss kind, const T* z, T* delta, int stride, const float* y, int stride_y,
-                                    int classes, int rows, const float* log_sum_exp, const StepState* state) {
+// ==== 4.2.2 E3, E4: backward =========================================================================================
+// E3. The derivative of 1/2 (y - z)^2 is z - y (the article halves it), that of cross-entropy is softmax(z) - y; both
+// divided by the batch, for L is a mean. The loss scale multiplies in fp32, before the one rounding to 16 bits: there a
+// derivative up to 2^-25 would become zero.
+template <class T> __global__ void output_delta_kernel(Loss kind, Matrix<T> logits, Matrix<float> targets, int rows,
+                                                       const float* log_sum_exp, const StepState* state,
+                                                       Matrix<T> out) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= rows) return;
-  z += size_t(row) * stride, delta += size_t(row) * stride, y += size_t(row) * stride_y;
+  const T* z = logits.row(row);
+  const float* y = targets.row(row);
+  T* delta = out.row(row);
   //{ E3 output delta
-  for (int i = 0; i < classes; i++) {
+  for (int i = 0; i < logits.cols; i++) {
     const float prediction = kind == Loss::squared_error ? to_float(z[i]) : expf(to_float(z[i]) - log_sum_exp[row]);
     delta[i] = round_to<T>((prediction - y[i]) / float(rows) * state->scale);
   }
@@ -433,9 +293,8 @@ void output_delta(Mlp& net, const LossScaler& scaler) {
   const Layer& last = net.layer[net.L];
   with_type(last.type, [&](auto zero) {
     using T = decltype(zero);
-    launch(output_delta_kernel<T>, rows_grid(net.rows), row_threads, net.loss, last.a.as<T>(), last.delta.as<T>(),
-           last.a.stride, net.y.as<float>(), net.y.stride, last.a.cols, net.rows, net.log_sum_exp.as<float>(),
-           scaler.state.get());
+    launch(output_delta_kernel<T>, rows_grid(net.rows), row_threads, net.loss, matrix<T>(last.a), matrix<float>(net.y),
+           net.rows, net.log_sum_exp.as<float>(), scaler.state.get(), matrix<T>(last.delta));
   });
 }
 
@@ -452,13 +311,12 @@ void backward(Mlp& net, int l) {
 }
 
 // ==== 4.2.3 E5: the weight gradient, dW = delta^T a, db = column sums of delta =======================================
-template <class T>
-__global__ void column_sums_kernel(const T* delta, int stride, int rows, T* db) {
+template <class T> __global__ void column_sums_kernel(Matrix<T> delta, T* db) {
   const int col = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-  if (col >= stride) return;
+  if (col >= delta.stride) return;
   float sum[8] = {}, x[8];
-  for (int row = 0; row < rows; row++) {
-    load(delta + size_t(row) * stride + col, x);
+  for (int row = 0; row < delta.rows; row++) {
+    load(delta.row(row) + col, x);
     UNROLL for (int j = 0; j < 8; j++) sum[j] += x[j];
   }
   store(db + col, sum);
@@ -470,14 +328,12 @@ void weight_gradient(Mlp& net, int l) {
   gemm_tiled(Layout::AtB, delta, a_before, layer.dW);  // the sum over the batch is the product's own
   with_type(layer.type, [&](auto zero) {
     using T = decltype(zero);
-    const unsigned blocks = unsigned(delta.stride / 8 + 31) / 32;
-    launch(column_sums_kernel<T>, blocks, 32, delta.as<T>(), delta.stride, delta.rows, layer.db.as<T>());
+    launch(column_sums_kernel<T>, unsigned(delta.stride / 8 + 31) / 32, 32, matrix<T>(delta), layer.db.as<T>());
   });
   //}
 }
 
-// ==== The matrix products behind E2, E4 and E5: the ladder
-// ============================================================
+// ==== The matrix products behind E2, E4 and E5: the ladder ===========================================================
 struct Operands {  // what a kernel needs to know of one product
   const void *A, *B, *bias, *mask;
   void* C;
@@ -485,8 +341,7 @@ struct Operands {  // what a kernel needs to know of one product
   bool relu;
 };
 // The end of every product: bias, ReLU or the mask of its derivative, on n neighbouring results of one row.
-template <class T, int n>
-__device__ __forceinline__ void finish(const Operands& p, int row, int col, float (&c)[n]) {
+template <class T, int n> __device__ __forceinline__ void finish(const Operands& p, int row, int col, float (&c)[n]) {
   float x[n];
   if (p.bias) {
     load((const T*)p.bias + col, x);
@@ -503,8 +358,7 @@ __device__ __forceinline__ void finish(const Operands& p, int row, int col, floa
 }
 
 // Rung 1: a thread a result. The equation itself, and the oracle for the rungs above.
-template <Layout layout, class T>
-__global__ void gemm_naive_kernel(Operands p) {
+template <Layout layout, class T> __global__ void gemm_naive_kernel(Operands p) {
   const int m = blockIdx.y * blockDim.y + threadIdx.y, n = blockIdx.x * blockDim.x + threadIdx.x;
   if (m >= p.M || n >= p.N) return;
   const T *A = (const T*)p.A, *B = (const T*)p.B;
@@ -527,16 +381,22 @@ __global__ void gemm_naive_kernel(Operands p) {
 // reach results that do not exist either, but for a row's padding, which gets zeros.
 template <bool transposed, int rows, int cols, int threads, class T>
 __device__ __forceinline__ void load_floats(float* tile, const T* g, int stride, int rows_left, int cols_left) {
-  for (unsigned i = threadIdx.x; i < rows * cols / 8; i += threads) {
-    const int r = transposed ? i % rows : i / (cols / 8), c = (transposed ? i / rows : i % (cols / 8)) * 8;
-    const int left = cols_left - c;
-    if (r >= rows_left || left <= 0) continue;
-    float x[8] = {};
-    if (left >= 8) load(g + size_t(r) * stride + c, x);
-    else for (int j = 0; j < left; j++) x[j] = to_float(g[size_t(r) * stride + c + j]);
-    if (!transposed) store(tile + r * cols + c, x);
-    else UNROLL for (int j = 0; j < 8; j++) tile[(c + j) * rows + r] = x[j];
-  }
+  const int thread =
+      threadIdx.x;  // neighbours read neighbouring groups of 8, or, transposed, write neighbouring floats
+  const int first_row = transposed ? thread % rows : thread / (cols / 8);
+  const int first_col = 8 * (transposed ? thread / rows : thread % (cols / 8));
+  constexpr int row_step = transposed ? (threads < rows ? threads : rows) : threads / (cols / 8);
+  constexpr int col_step = transposed ? 8 * (threads < rows ? 1 : threads / rows) : cols;
+  for (int c = first_col; c < cols && c < cols_left; c += col_step)
+    for (int r = first_row; r < rows && r < rows_left; r += row_step) {
+      const T* from = g + size_t(r) * stride + c;
+      float x[8] = {};
+      if (c + 8 <= cols_left) load(from, x);
+      else
+        for (int j = 0; c + j < cols_left; j++) x[j] = to_float(from[j]);
+      if (!transposed) store(tile + r * cols + c, x);
+      else UNROLL for (int j = 0; j < 8; j++) tile[(c + j) * rows + r] = x[j];
+    }
 }
 constexpr int BM = 64, BN = 64, BK = 64, tiled_threads = BM / 8 * (BN / (WIDES * WIDE));
 template <Layout layout, class T> __global__ void __launch_bounds__(tiled_threads) gemm_tiled_kernel(Operands p) {
@@ -560,20 +420,19 @@ template <Layout layout, class T> __global__ void __launch_bounds__(tiled_thread
     for (int k = m < M && n < N ? 0 : BK; k < BK && k < K; k++, a += a_k, b += BN) {
       Wide row[WIDES];
       UNROLL for (int w = 0; w < WIDES; w++) row[w] = ((const Wide*)b)[w];
-      UNROLL for (int i = 0; i < 8; i++)
-        UNROLL for (int w = 0; w < WIDES; w++) add_product(sum[i][w], a[i * a_row], row[w]);
+      UNROLL for (int i = 0; i < 8; i++) UNROLL for (int w = 0; w < WIDES; w++)
+          add_product(sum[i][w], a[i * a_row], row[w]);
     }
     __syncthreads();  // nobody reads them any more
     A += a_across ? size_t(BK) * p.stride_a : BK;
     B += layout == Layout::ABt ? BK : size_t(BK) * p.stride_b;
     //}
   }
-  UNROLL for (int i = 0; i < 8; i++)
-    UNROLL for (int j = 0; j < WIDES * WIDE; j += 8) {
-      float c[8];
-      UNROLL for (int e = 0; e < 8; e++) c[e] = element(sum[i][j / WIDE], j % WIDE + e);
-      if (m + i < M && n + j < N) finish<T>(p, m0 + m + i, n0 + n + j, c);
-    }
+  UNROLL for (int i = 0; i < 8; i++) UNROLL for (int j = 0; j < WIDES * WIDE; j += 8) {
+    float c[8];
+    UNROLL for (int e = 0; e < 8; e++) c[e] = element(sum[i][j / WIDE], j % WIDE + e);
+    if (m + i < M && n + j < N) finish<T>(p, m0 + m + i, n0 + n + j, c);
+  }
 }
 
 static Operands operands(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
@@ -618,27 +477,12 @@ void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
   const Operands p = operands(layout, A, B, C, epilogue);
   const dim3 grid(unsigned(p.N + BN - 1) / BN, unsigned(p.M + BM - 1) / BM);
   with_type(C.type, [&](auto zero) {
-    with_layout(layout, [&](auto known) {
-      launch(gemm_tiled_kernel<known.value, decltype(zero)>, grid, tiled_threads, p);
-    });
+    with_layout(layout,
+                [&](auto known) { launch(gemm_tiled_kernel<known.value, decltype(zero)>, grid, tiled_threads, p); });
   });
 }
 
-// ==== 3.1 Loss scaling
-// ================================================================================================
-LossScaler::LossScaler(float scale, float growth_, float backoff_, int interval_)
-    : growth(growth_), backoff(backoff_), interval(interval_), state(device_array<StepState>(1)) {
-  StepState s;
-  s.scale = scale;
-  write(s);
-}
-StepState LossScaler::read() const {
-  StepState s;
-  CHECK(cudaMemcpy(&s, state.get(), sizeof s, cudaMemcpyDeviceToHost));
-  return s;
-}
-void LossScaler::write(const StepState& s) { CHECK(cudaMemcpy(state.get(), &s, sizeof s, cudaMemcpyHostToDevice)); }
-
+// ==== 3.1 Loss scaling ===============================================================================================
 // Box G: from a gradient times the loss scale to the gradient, in fp32, where it cannot vanish again. Whether it is
 // finite is asked before: an inf must not be divided away.
 __device__ __forceinline__ float unscaled(float scaled_gradient, float inverse_scale, int& found_inf) {
@@ -649,8 +493,7 @@ __device__ __forceinline__ float unscaled(float scaled_gradient, float inverse_s
   //}
   return gradient;
 }
-template <class T>
-__global__ void check_kernel(const T* gradients, int n, StepState* state) {
+template <class T> __global__ void check_kernel(const T* gradients, int n, StepState* state) {
   int found_inf[8] = {};
   const Share share = my_share(n);
   for (int i = share.begin; i < share.end; i += share.step) {
@@ -697,18 +540,15 @@ __global__ void scaler_kernel(StepState* state, StepRecord* history, float growt
 }
 void LossScaler::update() { launch(scaler_kernel, 1, 1, state.get(), history.get(), growth, backoff, interval); }
 
-// ==== 3.2 step 5: the update
-// ========================================================================================== The article's error
+// ==== 3.2 step 5: the update =========================================================================================
+// The article's error
 // correction (3.1). lr * g is often less than half a unit in the last place of a 16-bit w, and then w - lr g rounds to
 // w: nothing is learnt. Four ways to add it up:
 //   master      an fp32 sum, of which the 16-bit weights are a rounded copy            6 bytes a weight
 //   half        w itself, rounded to nearest: what goes wrong without the others       2
 //   kahan       w, and what the rounding lost in a second 16-bit number                4
 //   stochastic  w, rounded up or down by chance, so that it is right on average        2
-template <class T>
-__device__ __forceinline__ float rounded(float x) {
-  return to_float(round_to<T>(x));
-}
+template <class T> __device__ __forceinline__ float rounded(float x) { return to_float(round_to<T>(x)); }
 __host__ __device__ half stochastic_half(float x, uint64_t random) {
   const uint32_t sign = bits_of(x) >> 16 & 0x8000, u = bits_of(x) & 0x7fffffff;
   const int exponent = int(u >> 23) - 127;
@@ -735,9 +575,9 @@ __device__ __forceinline__ float stochastic(bfloat16, float x, uint64_t random) 
 }
 __device__ __forceinline__ float stochastic(float, float x, uint64_t) { return x; }
 
-template <class T>
-__global__ void update_kernel(Update rule, float* master, T* weights, T* compensation, const T* gradients, int n,
-                              float lr, uint64_t seed, const StepState* state) {
+template <class T> __global__ void update_kernel(Update rule, float* master, T* weights, T* compensation,
+                                                 const T* gradients, int n, float lr, uint64_t seed,
+                                                 const StepState* state) {
   if (state->found_inf) return;  // one bad gradient skips the whole step
   const Share share = my_share(n);
   const float inverse_scale = float(1 / double(state->scale));
@@ -785,8 +625,136 @@ void update(Mlp& net, LossScaler& scaler, float lr) {
   }
 }
 
-// ==== 3.2 step 6: evaluation
-// ========================================================================================== Box H, the output: forward
+// ==== Device memory, and a network in it =============================================================================
+void fail(const char* format, ...) {
+  char text[1000];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  for (char* c = text; *c; c++) {  // names from a file may hold line ends and what moves a terminal's cursor
+    if (uint8_t(*c) < ' ' || *c == 127) *c = '?';
+  }
+  throw Error(text);
+}
+
+#define CHECK(call) check(call, #call, __FILE__, __LINE__)
+static void check(cudaError_t error, const char* call, const char* file, int line) {
+  if (error != cudaSuccess) fail("%s:%d: %s: %s", file, line, call, cudaGetErrorString(error));
+}
+template <class T> static std::shared_ptr<T> device_array(size_t count) {
+  const size_t bytes = count * sizeof(T) + 64;
+  void* p = nullptr;
+  if (cudaMalloc(&p, bytes) != cudaSuccess)
+    fail("out of memory: no room for another %.1f MiB; make --batch or --layers smaller", double(bytes) / (1 << 20));
+  CHECK(cudaMemset(p, 0, bytes));
+  return std::shared_ptr<T>(static_cast<T*>(p), [](T* memory) { cudaFree(memory); });
+}
+
+template <class T> static std::shared_ptr<T> on_device(const std::vector<T>& values) {
+  const std::shared_ptr<T> memory = device_array<T>(values.size());
+  CHECK(cudaMemcpy(memory.get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return memory;
+}
+
+static int padded(int cols) { return (cols + 7) / 8 * 8; }
+Tensor make_tensor(int rows, int cols, Type type) {
+  if (rows < 1 || cols < 1 || (int64_t(cols) + 7) * rows > 1 << 30)  // kernels index with ints
+    fail("[%d, %d] is no size for a tensor: both at least 1, and at most 2^30 numbers in all", rows, cols);
+  Tensor t;
+  t.rows = rows, t.cols = cols, t.stride = padded(cols), t.type = type;
+  t.memory = device_array<char>(t.bytes());
+  return t;
+}
+Tensor first_rows(const Tensor& t, int rows) {
+  Tensor view = t;
+  view.rows = rows;
+  return view;
+}
+// [rows, cols] of the numbers of a flat tensor, from number `first` on
+static Tensor part_of(const Tensor& flat, int first, int rows, int cols) {
+  Tensor view = flat;
+  view.rows = rows, view.cols = cols, view.stride = padded(cols);
+  view.memory = std::shared_ptr<char>(flat.memory, flat.memory.get() + first * (flat.type == Type::fp32 ? 4 : 2));
+  return view;
+}
+std::vector<float> to_host(const Tensor& t) {
+  std::vector<uint32_t> raw(t.bytes() / 4);
+  CHECK(cudaMemcpy(raw.data(), t.memory.get(), t.bytes(), cudaMemcpyDeviceToHost));
+  const uint16_t* raw_16 = reinterpret_cast<const uint16_t*>(raw.data());
+  std::vector<float> values;
+  for (int row = 0; row < t.rows; row++)
+    for (int i = row * t.stride; i < row * t.stride + t.cols; i++)
+      values.push_back(t.type == Type::fp32   ? float_of(raw[i])
+                       : t.type == Type::fp16 ? half_to_float(half{raw_16[i]})
+                                              : bfloat16_to_float(bfloat16{raw_16[i]}));
+  return values;
+}
+void to_device(const std::vector<float>& values, const Tensor& t) {
+  if (values.size() != size_t(t.rows) * t.cols)
+    fail("%zu numbers do not fill a tensor of [%d, %d]", values.size(), t.rows, t.cols);
+  std::vector<uint32_t> raw(t.bytes() / 4);
+  uint16_t* raw_16 = reinterpret_cast<uint16_t*>(raw.data());
+  for (int row = 0; row < t.rows; row++)
+    for (int col = 0; col < t.cols; col++) {
+      const float x = values[size_t(row) * t.cols + col];
+      const int i = row * t.stride + col;
+      if (t.type == Type::fp32) raw[i] = bits_of(x);
+      else raw_16[i] = t.type == Type::fp16 ? float_to_half(x).bits : float_to_bfloat16(x).bits;
+    }
+  CHECK(cudaMemcpy(t.memory.get(), raw.data(), t.bytes(), cudaMemcpyHostToDevice));
+}
+
+Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update) {
+  if (sizes.size() < 2) fail("a network needs at least an input and an output layer");
+  if (type == Type::fp32 && update != Update::master) fail("fp32 weights lose nothing in an update: master is theirs");
+  Mlp net;
+  net.L = int(sizes.size()) - 1, net.batch = net.rows = batch, net.update = update;
+  net.layer.resize(sizes.size());
+  for (int l = 0; l <= net.L; l++) {
+    Layer& layer = net.layer[l];
+    layer.type = type;
+    layer.a = make_tensor(batch, sizes[l], type);
+    if (l == 0) continue;
+    const int in = sizes[l - 1], out = sizes[l];
+    if ((int64_t(in) + 8) * out > 1 << 30) fail("a layer of %d x %d has more than 2^30 weights", out, in);
+    const int W_size = out * padded(in), n = W_size + padded(out);
+    layer.delta = make_tensor(batch, out, type);
+    layer.gradients = make_tensor(1, n, type);
+    if (update == Update::master) layer.master = make_tensor(1, n, Type::fp32);
+    if (update == Update::kahan) layer.compensation = make_tensor(1, n, type);
+    layer.weights = type == Type::fp32 ? layer.master : make_tensor(1, n, type);
+    layer.W = part_of(layer.weights, 0, out, in), layer.b = part_of(layer.weights, W_size, 1, out);
+    layer.dW = part_of(layer.gradients, 0, out, in), layer.db = part_of(layer.gradients, W_size, 1, out);
+  }
+  net.y = make_tensor(batch, sizes.back(), Type::fp32);
+  net.row_loss = make_tensor(1, batch, Type::fp32), net.log_sum_exp = make_tensor(1, batch, Type::fp32);
+  return net;
+}
+// The parameters as they are kept: the master, or the weights where there is none
+static const Tensor& kept(const Layer& layer) { return layer.master.memory ? layer.master : layer.weights; }
+Tensor kept_W(const Layer& layer) { return part_of(kept(layer), 0, layer.W.rows, layer.W.cols); }
+Tensor kept_b(const Layer& layer) { return part_of(kept(layer), layer.W.rows * layer.W.stride, 1, layer.W.rows); }
+void set_parameters(Layer& layer, const std::vector<float>& W, const std::vector<float>& b) {
+  to_device(W, kept_W(layer)), to_device(b, kept_b(layer));
+  to_device(W, layer.W), to_device(b, layer.b);
+}
+
+LossScaler::LossScaler(float scale, float growth_, float backoff_, int interval_)
+    : growth(growth_), backoff(backoff_), interval(interval_), state(device_array<StepState>(1)) {
+  StepState s;
+  s.scale = scale;
+  write(s);
+}
+StepState LossScaler::read() const {
+  StepState s;
+  CHECK(cudaMemcpy(&s, state.get(), sizeof s, cudaMemcpyDeviceToHost));
+  return s;
+}
+void LossScaler::write(const StepState& s) { CHECK(cudaMemcpy(state.get(), &s, sizeof s, cudaMemcpyHostToDevice)); }
+
+// ==== 3.2 step 6: evaluation =========================================================================================
+// Box H, the output: forward
 // alone, with the 16-bit weights that training uses, and the largest logit wins.
 std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
   const size_t in = size_t(net.layer[0].a.cols), count = pixels.size() / in;
@@ -807,8 +775,8 @@ std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
   }
   return answer;
 }
-// ==== 4.3, 5.2 The example: 1-5-1
-// ====================================================================================== The article's listing as it
+// ==== 4.3, 5.2 The example: 1-5-1 ====================================================================================
+// The article's listing as it
 // was meant: inputs 1, hidden 5, output 1 (one hidden layer: the article counts two), E1, SGD 0.01, 100 epochs, a
 // GradScaler; the data it leaves undefined are points of y = x^2. Written as in the article, without an activation, the
 // network is one linear map, and the best line through this parabola is flat.
@@ -874,7 +842,7 @@ static void* stb_resize(void* old, size_t bytes) { return bytes <= stb_most ? st
 #define STB_IMAGE_IMPLEMENTATION
 #include <stb/stb_image.h>
 
-// ==== 5.1 Data: sheets of digits, or MNIST's four files ==========================================================
+// ==== 5.1 Data: sheets of digits, or MNIST's four files ==============================================================
 
 using Bytes = std::vector<uint8_t>;
 
@@ -894,8 +862,7 @@ Bytes read_file(const std::string& path) {
 }
 
 // parse(bytes of the file); it fails without the file's name, which is put before its message, and the advice after.
-template <class F>
-static auto parse_file(const std::string& path, const char* advice, F parse) {
+template <class F> static auto parse_file(const std::string& path, const char* advice, F parse) {
   const Bytes bytes = read_file(path);
   try {
     return parse(bytes);
@@ -1086,7 +1053,7 @@ Dataset load_dataset(const std::string& folder) {
   return data;
 }
 
-// ==== 5.2 Checkpoints: safetensors, which PyTorch's users exchange ===============================================
+// ==== 5.2 Checkpoints: safetensors, which PyTorch's users exchange ===================================================
 // Eight bytes, the length of the header; the header, JSON; the numbers. Little-endian, as all of CUDA's machines are.
 // {"__metadata__": {"epoch": "3"}, "0.weight": {"dtype": "F32", "shape": [128, 784], "data_offsets": [0, 401408]}}
 
@@ -1133,8 +1100,7 @@ struct HeaderReader {  // of the JSON that can stand there: objects, strings, li
     for (char c = take(); c != '"'; c = take()) c == '\\' ? escape(text) : text.push_back(c);
     return text;
   }
-  template <class F>
-  void list(char open, char close, F item) {
+  template <class F> void list(char open, char close, F item) {
     expect(open);
     if (accept(close)) return;
     do item();
@@ -1246,9 +1212,9 @@ void write_safetensors(const std::string& path, const SafeTensors& file) {
 }
 
 // ==== 5.2 Options: one table, which the command line, --help and --resume read =======================================
-struct UsageError : Error {
+struct UsageError : Error {  // main() ends with 2
   using Error::Error;
-};  // main() ends with 2
+};
 struct Options {
   std::string data = "data", init, save, resume, log;
   std::vector<int> layers = {784, 128, 10};
@@ -1271,7 +1237,10 @@ static const std::vector<std::string> type_names = {"fp32", "fp16", "bf16"}, los
 [[noreturn]] static void misuse(const std::string& text) { throw UsageError(text); }
 static std::string text_of(double x) {
   char text[40];
-  snprintf(text, sizeof text, "%.9g", x);
+  for (int digits = 6; digits <= 9; digits++) {  // the fewest that name this float
+    snprintf(text, sizeof text, "%.*g", digits, x);
+    if (float(std::strtod(text, nullptr)) == float(x)) break;
+  }
   return text;
 }
 static std::string joined(const std::vector<int>& numbers, const char* between) {
@@ -1286,10 +1255,10 @@ static double number(const std::string& text, double least, double most) {
   if (!(x >= least && x <= most)) misuse("must be from " + text_of(least) + " to " + text_of(most));
   return x;
 }
-static int whole(const std::string& text, double most) {
-  const double x = number(text, 1, most);
+static int64_t whole(const std::string& text, double least, double most) {
+  const double x = number(text, least, most);
   if (x != std::floor(x)) misuse("must be a whole number");
-  return int(x);
+  return int64_t(x);
 }
 static int choice(const std::string& text, const std::vector<std::string>& names) {
   const size_t i = std::find(names.begin(), names.end(), text) - names.begin();
@@ -1302,7 +1271,7 @@ static std::vector<int> layer_sizes(const std::string& text) {
   std::vector<int> sizes;
   for (size_t from = 0, to; from <= text.size(); from = to + 1) {
     to = std::min(text.find(',', from), text.size());
-    sizes.push_back(whole(text.substr(from, to - from), 1 << 24));
+    sizes.push_back(int(whole(text.substr(from, to - from), 1, 1 << 24)));
   }
   if (sizes.size() < 2) misuse("needs at least an input and an output, such as 784,10");
   return sizes;
@@ -1316,7 +1285,7 @@ struct Option {
 };
 using O = Options;
 using S = std::string;
-constexpr double least_rate = 1e-30, most_rate = 1e30, most_count = 2e9;
+constexpr double least_rate = 1e-30, most_rate = 1e30;
 // clang-format off
 static const Option option_table[] = {
   {"data", "DIR", "train.png and test.png, sheets of digits, or MNIST's four files", false,
@@ -1333,17 +1302,17 @@ static const Option option_table[] = {
   {"scale-init", "N", "the dynamic scale's first value", true,
     [](O& o, const S& s) { o.scale_init = float(number(s, least_rate, 3e38)); }, [](const O& o) { return text_of(o.scale_init); }},
   {"growth-interval", "N", "finite steps until it doubles", true,
-    [](O& o, const S& s) { o.growth_interval = whole(s, most_count); }, [](const O& o) { return text_of(o.growth_interval); }},
+    [](O& o, const S& s) { o.growth_interval = int(whole(s, 1, 2e9)); }, [](const O& o) { return std::to_string(o.growth_interval); }},
   {"loss", "xent|mse", "softmax cross-entropy, or E1 on one-hot targets", true,
     [](O& o, const S& s) { o.loss = Loss(choice(s, loss_names)); }, [](const O& o) { return loss_names[int(o.loss)]; }},
   {"epochs", "N", "counted from the very beginning, also after --resume", true,
-    [](O& o, const S& s) { o.epochs = whole(s, 1e6); }, [](const O& o) { return text_of(o.epochs); }},
+    [](O& o, const S& s) { o.epochs = int(whole(s, 1, 1e6)); }, [](const O& o) { return std::to_string(o.epochs); }},
   {"batch", "N", "images a step", true,
-    [](O& o, const S& s) { o.batch = whole(s, 1 << 24); }, [](const O& o) { return text_of(o.batch); }},
+    [](O& o, const S& s) { o.batch = int(whole(s, 1, 1 << 24)); }, [](const O& o) { return std::to_string(o.batch); }},
   {"lr", "X", "learning rate of plain SGD", true,
     [](O& o, const S& s) { o.lr = float(number(s, least_rate, most_rate)); }, [](const O& o) { return text_of(o.lr); }},
   {"seed", "N", "of the first weights, the shuffling, stochastic rounding", true,
-    [](O& o, const S& s) { o.seed = uint64_t(s == "0" ? 0 : whole(s, 9e15)); }, [](const O& o) { return std::to_string(o.seed); }},
+    [](O& o, const S& s) { o.seed = uint64_t(whole(s, 0, 9e15)); }, [](const O& o) { return std::to_string(o.seed); }},
   {"shuffle", "on|off", "off: images in the order of the file", true,
     [](O& o, const S& s) { o.shuffle = choice(s, switch_names); }, [](const O& o) { return switch_names[o.shuffle]; }},
   {"init", "FILE", "first weights from a safetensors file, PyTorch's for instance", false,
@@ -1379,8 +1348,7 @@ static void refuse_contradictions(const Options& o) {
   if (!o.init.empty() && !o.resume.empty()) misuse("--init and --resume both bring weights: give one of them");
 }
 
-// ==== 5.2 What a checkpoint holds
-// ======================================================================================
+// ==== 5.2 What a checkpoint holds ====================================================================================
 struct Training {  // the state that a checkpoint keeps and --resume restores
   Mlp net;
   StepState state;
@@ -1412,12 +1380,13 @@ static std::vector<std::pair<const SavedTensor*, const SavedTensor*>> linear_lay
                                                                                     const std::string& path) {
   std::map<long, std::pair<const SavedTensor*, const SavedTensor*>> found;
   for (const SavedTensor& weight : file.tensors) {
-    const size_t dot = weight.name.rfind("weight"), digit = weight.name.find_first_of("0123456789");
-    if (dot == weight.name.npos || dot + 6 != weight.name.size() || weight.shape.size() != 2) continue;
-    const std::string bias_name = weight.name.substr(0, dot) + "bias";
+    const size_t length = weight.name.size(), digit = weight.name.find_last_of("0123456789");
+    if (weight.shape.size() != 2 || length < 6 || weight.name.substr(length - 6) != "weight") continue;
+    const size_t before = digit == weight.name.npos ? digit : weight.name.find_last_not_of("0123456789", digit);
+    const long place = digit == weight.name.npos ? -1 : std::strtol(&weight.name[before + 1], nullptr, 10);
     for (const SavedTensor& bias : file.tensors)
-      if (bias.name == bias_name && bias.shape.size() == 1 && bias.shape[0] == weight.shape[0] && weight.shape[1] > 0)
-        found[digit == weight.name.npos ? -1 : std::strtol(&weight.name[digit], nullptr, 10)] = {&weight, &bias};
+      if (bias.name == weight.name.substr(0, length - 6) + "bias" && bias.shape == std::vector{weight.shape[0]})
+        found[place] = {&weight, &bias};
   }
   std::vector<std::pair<const SavedTensor*, const SavedTensor*>> layers;
   for (const auto& [place, layer] : found) {
@@ -1459,6 +1428,7 @@ static void take_options(Options& o, const SafeTensors& file, const std::string&
   for (const Option& option : option_table) {
     const auto entry = file.metadata.find(option.name);
     if (!option.saved || o.has(option.name) || entry == file.metadata.end()) continue;
+    if (o.has("precision") && !strcmp(option.name, "loss-scale")) continue;  // the new precision has its own default
     try {
       option.set(o, entry->second);
     } catch (const UsageError& error) {
@@ -1467,8 +1437,7 @@ static void take_options(Options& o, const SafeTensors& file, const std::string&
   }
 }
 
-// ==== 5.2 The training loop
-// ===========================================================================================
+// ==== 5.2 The training loop ==========================================================================================
 static volatile std::sig_atomic_t stop_signal = 0;
 static void on_signal(int number_) { stop_signal = number_; }
 
@@ -1498,35 +1467,28 @@ static std::vector<int> order_of_epoch(const Options& o, int epoch, int count) {
 }
 // The step that halted, once more by hand: where is the first number that is not finite?
 static std::string first_not_finite(Mlp& net, const Batch& batch, LossScaler& scaler) {
-  const auto where = [](const Tensor& t, const std::string& name) {
-    const std::vector<float> values = to_host(t);
-    for (size_t i = 0; i < values.size(); i++)
-      if (!std::isfinite(values[i]))
-        return name + " is " + text_of(values[i]) + " at [" + std::to_string(i / t.cols) + ", " +
-               std::to_string(i % t.cols) + "]";
-    return std::string();
-  };
   std::string found;
+  const auto look = [&](const char* name, int l, const Tensor& t) {
+    const std::vector<float> values = to_host(t);
+    const auto bad = std::find_if(values.begin(), values.end(), [](float x) { return !std::isfinite(x); });
+    if (!found.empty() || bad == values.end()) return;
+    const int at = int(bad - values.begin());
+    char text[200];
+    snprintf(text, sizeof text, "%s of layer %d is %g at row %d, column %d", name, l, *bad, at / t.cols, at % t.cols);
+    found = text;
+  };
   preprocess(net, batch, &scaler);
-  for (int l = 1; l <= net.L && found.empty(); l++) {
-    const std::string layer = " of layer " + std::to_string(l);
+  for (int l = 1; l <= net.L; l++) {
     forward(net, l);
-    for (const auto& [tensor, name] : {std::pair(net.layer[l].W, "the weights"),
-                                       {net.layer[l].b, "the bias"},
-                                       {net.layer[l].a, l < net.L ? "the activation a" : "the logits z"}})
-      if (found.empty()) found = where(tensor, "in the forward pass " + (name + layer));
+    look("the weights W", l, net.layer[l].W), look("the bias b", l, net.layer[l].b);
+    look("in the forward pass the activation a", l, net.layer[l].a);
   }
-  if (found.empty())
-    loss(net, scaler), output_delta(net, scaler),
-        found = where(net.layer[net.L].delta, "in the backward pass delta of layer " + std::to_string(net.L));
-  for (int l = net.L; l >= 1 && found.empty(); l--) {
-    const std::string layer = "in the backward pass the gradient of layer " + std::to_string(l) + "'s ";
+  loss(net, scaler), output_delta(net, scaler);
+  look("in the backward pass delta", net.L, net.layer[net.L].delta);
+  for (int l = net.L; l >= 1; l--) {
     weight_gradient(net, l);
-    found = where(net.layer[l].dW, layer + "weights");
-    if (found.empty()) found = where(net.layer[l].db, layer + "bias");
-    if (l > 1 && found.empty())
-      backward(net, l),
-          found = where(net.layer[l - 1].delta, "in the backward pass delta of layer " + std::to_string(l - 1));
+    look("in the backward pass the gradient dW", l, net.layer[l].dW), look("the gradient db", l, net.layer[l].db);
+    if (l > 1) backward(net, l), look("in the backward pass delta", l - 1, net.layer[l - 1].delta);
   }
   return found;
 }
@@ -1553,6 +1515,11 @@ struct Run {
   double loss_sum = 0;  // of those
   FILE* log = nullptr;
 };
+static void check_folder(const std::string& path) {  // now, rather than after an hour of training
+  const std::string folder = std::filesystem::path(path).parent_path().string();
+  if (!path.empty() && access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0)
+    fail("%s: cannot be saved: %s; make its folder, or save elsewhere", path.c_str(), strerror(errno));
+}
 static void check_fit(const Options& o, const Images& images) {
   if (o.layers.front() != images.pixels || o.layers.back() != images.classes) {
     std::vector<int> fitting = o.layers;
@@ -1571,8 +1538,9 @@ static void restore(Run& run, const SafeTensors& file) {
   run.t.epoch = int(saved("epoch", 1e6));
   state.step = unsigned(saved("step", 4e9)), state.skipped = int(saved("skipped", 2e9));
   state.position = std::min(int(saved("position", 2e9)), run.steps);
-  if (!o.has("loss-scale") && !o.has("scale-init")) state.scale = float(saved("scale", 3.4e38));
-  if (!o.has("loss-scale") && !o.has("scale-init")) state.growth_tracker = int(saved("tracker", 2e9));
+  const bool was_dynamic = file.metadata.count("loss-scale") && file.metadata.at("loss-scale") == "dynamic";
+  if (o.dynamic() && was_dynamic && !o.has("loss-scale") && !o.has("scale-init"))
+    state.scale = float(saved("scale", 3.4e38)), state.growth_tracker = int(saved("tracker", 2e9));
   if (state.growth_tracker >= o.growth_interval) state.growth_tracker = 0;
   for (int l = 1; l <= run.t.net.L; l++)
     for (const SavedTensor& tensor : file.tensors)
@@ -1586,6 +1554,7 @@ static void prepare(Run& run) {
   if (!from.empty()) file = read_safetensors(from), take_layers(o, file, from);
   if (!o.resume.empty()) take_options(o, file, from), o.save = o.save.empty() ? o.resume : o.save;
   refuse_contradictions(o);
+  check_folder(o.save);
   run.data = load_dataset(o.data);
   const Images& images = run.data.train;
   check_fit(o, images);
@@ -1593,10 +1562,8 @@ static void prepare(Run& run) {
 
   run.t.net = make_mlp(o.layers, o.batch, o.precision, o.update);
   run.t.net.loss = o.loss, run.t.net.seed = o.seed;
-  if (from.empty())
-    initialise(run.t.net);
-  else
-    take_weights(run.t.net, file, from);
+  if (from.empty()) initialise(run.t.net);
+  else take_weights(run.t.net, file, from);
   run.t.state.scale = o.dynamic() ? o.scale_init : o.loss_scale < 0 ? 1 : o.loss_scale;
   if (!o.resume.empty()) restore(run, file);
   run.scaler = o.dynamic() ? LossScaler(65536, 2, 0.5f, o.growth_interval) : LossScaler(1, 1, 1);
@@ -1703,20 +1670,22 @@ static int test(Options o) {
   Mlp net = make_mlp(o.layers, o.batch, o.precision, o.update);
   take_weights(net, file, o.files[0]);
   const std::vector<int> answer = predict(net, data.test.pixel);
-  std::vector<std::vector<int>> count(10, std::vector<int>(10));
-  for (size_t i = 0; i < answer.size(); i++) count[data.test.label[i]][answer[i]]++;
+  int count[10][10] = {}, right = 0;
+  for (size_t i = 0; i < answer.size(); i++) {
+    count[data.test.label[i]][answer[i]]++;
+    right += data.test.label[i] == answer[i];
+  }
   printf("%s\n%s: %d images\n\nis \\ read as", describe(o).c_str(), data.what.c_str(), data.test.count);
   for (int c = 0; c < 10; c++) printf("%6d", c);
   for (int digit = 0; digit < 10; digit++) {
     printf("\n%12d", digit);
     for (int c = 0; c < 10; c++) printf("%6d", count[digit][c]);
   }
-  printf("\n\ntest accuracy %.2f%%\n", accuracy(net, data.test));
+  printf("\n\ntest accuracy %.2f%%\n", 100.0 * right / data.test.count);
   return 0;
 }
 
-// ==== The command line
-// ================================================================================================
+// ==== The command line ===============================================================================================
 static const char usage_text[] =
     "usage: mp train [OPTION...]            learn digits, a row of figures an epoch\n"
     "       mp test MODEL [--data DIR]      what a saved model gets right, and what it takes for what\n"

@@ -1,5 +1,4 @@
-// mp.h: the words that mp.cu and tests.cpp share (part 1), and enough of CUDA to run the kernels without a GPU (part
-// 2).
+// mp.h: the words that mp.cu and tests.cpp share (part 1), and enough of CUDA to run kernels without a GPU (part 2).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,8 +16,7 @@
 #endif
 
 // ==== Part 1: the vocabulary ========================================================================================
-// Article = the text this program follows, cited by section; paper = Micikevicius et al., Mixed Precision Training,
-// 2017.
+// Article: the text this program follows, by section. Paper: Micikevicius et al., Mixed Precision Training, 2017.
 
 // ---- Errors: one line that says what was wrong, where, and what to do. main() prints it and ends with status 1. ----
 struct Error : std::runtime_error {
@@ -28,11 +26,11 @@ struct Error : std::runtime_error {
 
 // ---- Number formats (article 2.1; IEEE 754 binary16; bfloat16 is the upper half of a float) ------------------------
 struct half {
-  uint16_t bits;
-};  // 1 sign, 5 exponent, 10 fraction: up to 65504, normal from 2^-14, least 2^-24
+  uint16_t bits;  // 1 sign, 5 exponent, 10 fraction: up to 65504, normal from 2^-14, least 2^-24
+};
 struct bfloat16 {
-  uint16_t bits;
-};  // 1 sign, 8 exponent, 7 fraction: the range of a float, 2 to 3 decimal digits
+  uint16_t bits;  // 1 sign, 8 exponent, 7 fraction: the range of a float, 2 to 3 decimal digits
+};
 enum class Type { fp32, fp16, bf16 };
 // Round to nearest, ties to even; subnormals kept; too large becomes infinity; NaN stays NaN. They raise nothing.
 __host__ __device__ half float_to_half(float x);
@@ -49,10 +47,7 @@ struct Tensor {
   int stride = 0;  // from one row to the next, in elements: cols rounded up to 8, so that every row is 16-byte aligned
   Type type = Type::fp32;
   std::shared_ptr<char> memory;
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(memory.get());
-  }
+  template <class T> T* as() const { return reinterpret_cast<T*>(memory.get()); }
   size_t bytes() const { return size_t(rows) * size_t(stride) * (type == Type::fp32 ? 4 : 2); }
 };
 Tensor make_tensor(int rows, int cols, Type type);                  // zeros; fails when the device has not the memory
@@ -107,8 +102,7 @@ Tensor kept_b(const Layer& layer);
 void set_parameters(Layer& layer, const std::vector<float>& W, const std::vector<float>& b);  // and their compute copy
 void initialise(Mlp& net);  // article 3.2 step 1: W from He's normal distribution (arXiv 1502.01852), b = 0, in fp32
 
-// ---- Loss scaling (article 3.1; paper 3.2; torch.amp.GradScaler). Its state lives on the device.
-// ---------------------
+// ---- Loss scaling (article 3.1; paper 3.2; torch.amp.GradScaler). Its state lives on the device. --------------------
 struct StepState {
   float scale = 65536;     // multiplies the loss gradient, so that small gradients stay above fp16's 2^-24
   int growth_tracker = 0;  // finite steps since the scale last changed
@@ -119,10 +113,10 @@ struct StepState {
   int position = 0;   // of the next batch in this epoch
   unsigned step = 0;  // steps since training began
 };
-struct StepRecord {
+struct StepRecord {  // a row of the log
   float loss, loss_scale;
   int found_inf;
-};  // a row of the log
+};
 struct LossScaler {
   float growth = 2, backoff = 0.5f;     // both 1: a fixed scale
   int interval = 2000;                  // finite steps until the scale grows
@@ -204,10 +198,8 @@ __device__ __forceinline__ half machine_half(float x) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
   return h;
 }
-template <class T>
-__device__ __forceinline__ void poison_shared(T&) {}  // a GPU's shared memory holds anything anyway
-template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
+template <class T> __device__ __forceinline__ void poison_shared(T&) {}  // a GPU's shared memory holds anything anyway
+template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
   kernel<<<grid, block>>>(args...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) fail("a kernel did not start: %s", cudaGetErrorString(error));
@@ -328,16 +320,15 @@ __forceinline__ void store(half* p, const float (&x)[8]) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(_mm256_loadu_ps(x), 0));
 }
 #elif defined(__aarch64__)
-__forceinline__ float machine_float(half h) {
-  __fp16 f;
-  std::memcpy(&f, &h, 2);
-  return float(f);
-}
+union Half_bits {
+  half bits;
+  __fp16 value;
+};
+__forceinline__ float machine_float(half h) { return float(Half_bits{h}.value); }
 __forceinline__ half machine_half(float x) {
-  const __fp16 f = __fp16(x);
-  half h;
-  std::memcpy(&h, &f, 2);
-  return h;
+  Half_bits h;
+  h.value = __fp16(x);
+  return h.bits;
 }
 #else
 __forceinline__ float machine_float(half h) { return half_to_float(h); }
@@ -345,11 +336,8 @@ __forceinline__ half machine_half(float x) { return float_to_half(x); }
 #endif
 
 namespace cpu {
-enum Order {
-  forward,
-  backward,
-  shuffled
-};  // of the threads of a block, and of the blocks: MP_ORDER=backward or a seed
+// Of the threads of a block, and of the blocks. MP_ORDER=forward|backward|N chooses, N being the seed of a shuffle.
+enum Order { forward, backward, shuffled };
 inline Order order = forward;
 inline unsigned seed = 1;
 inline bool poison = false;  // __shared__ starts as NaN: whenever MP_ORDER is set
@@ -415,9 +403,9 @@ struct Thread {
   int passed;
 };
 struct Warp {
-  Barrier barrier[32];
+  Barrier barrier[32];  // a mask's is that of its lowest lane
   void* lane[32];
-};  // a mask's barrier is that of its lowest lane
+};
 struct Block {
   void (*body)(void*);
   void* kernel;
@@ -553,10 +541,7 @@ struct Pool {
     while (--workers > 0) helpers.emplace_back([this] { help(); });
   }
   ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex);
-      quit = true;
-    }
+    mutex.lock(), quit = true, mutex.unlock();  // nobody is between its look at `quit` and its sleep
     wake.notify_all();
     for (auto& h : helpers) h.join();
   }
@@ -616,8 +601,7 @@ inline std::unique_ptr<Pool>& pool() {  // MP_THREADS=N, else every core
 inline void use_os_threads(int n) { pool().reset(), pool() = std::make_unique<Pool>(n); }
 
 // -- Instructions in which the lanes of a warp meet: the last to come does the work of all --
-template <class Lane, class F>
-void together(unsigned mask, Lane& mine, const char* what, F all_lanes) {
+template <class Lane, class F> void together(unsigned mask, Lane& mine, const char* what, F all_lanes) {
   Block& b = *now;
   Warp& w = b.warp[b.me / 32];
   const int lane = b.me % 32, lanes = std::min(32, b.size - b.me / 32 * 32);
@@ -630,8 +614,7 @@ void together(unsigned mask, Lane& mine, const char* what, F all_lanes) {
   if (bar.arrived + 1 == expected) all_lanes((Lane**)w.lane, mask);
   wait_at(bar, expected, what);
 }
-template <class T>
-T exchange(unsigned mask, T value, int from, const char* what) {  // what lane `from` brought
+template <class T> T exchange(unsigned mask, T value, int from, const char* what) {  // what lane `from` brought
   struct Lane {
     T in, out;
     int from;
@@ -639,10 +622,8 @@ T exchange(unsigned mask, T value, int from, const char* what) {  // what lane `
   together(mask, mine, what, [](Lane** lane, unsigned lanes) {
     for (int i = 0; i < 32; i++)
       if (lanes >> i & 1) {
-        if (lanes >> lane[i]->from & 1)
-          lane[i]->out = lane[lane[i]->from]->in;
-        else
-          std::memset((void*)&lane[i]->out, 0xff, sizeof(T));  // undefined in CUDA
+        if (lanes >> lane[i]->from & 1) lane[i]->out = lane[lane[i]->from]->in;
+        else std::memset((void*)&lane[i]->out, 0xff, sizeof(T));  // undefined in CUDA
       }
   });
   return mine.out;
@@ -650,8 +631,7 @@ T exchange(unsigned mask, T value, int from, const char* what) {  // what lane `
 inline int lane_id() { return now->me % 32; }
 }  // namespace cpu
 
-template <class T>
-void poison_shared(T& array) {  // the first thread of a block to come fills it with NaN
+template <class T> void poison_shared(T& array) {  // the first thread of a block to come fills it with NaN
   if (!cpu::poison) return;
   auto& done = cpu::now->poisoned;
   if (std::find(done.begin(), done.end(), (void*)&array) != done.end()) return;
@@ -660,22 +640,18 @@ void poison_shared(T& array) {  // the first thread of a block to come fills it 
 }
 inline void __syncthreads() { cpu::wait_at(cpu::now->all, cpu::now->alive, "__syncthreads"); }
 inline void __syncwarp(unsigned mask = ~0u) { cpu::exchange(mask, 0, cpu::lane_id(), "__syncwarp"); }
-template <class T>
-T __shfl_sync(unsigned mask, T v, int from) {
+template <class T> T __shfl_sync(unsigned mask, T v, int from) {
   return cpu::exchange(mask, v, from & 31, "__shfl_sync");
 }
-template <class T>
-T __shfl_xor_sync(unsigned mask, T v, int bits) {
+template <class T> T __shfl_xor_sync(unsigned mask, T v, int bits) {
   return cpu::exchange(mask, v, cpu::lane_id() ^ bits, "__shfl_xor_sync");
 }
-template <class T>
-T __shfl_down_sync(unsigned mask, T v, int n) {
+template <class T> T __shfl_down_sync(unsigned mask, T v, int n) {
   const int lane = cpu::lane_id();
   return cpu::exchange(mask, v, lane + n < 32 ? lane + n : lane, "__shfl_down_sync");
 }
 inline int atomicOr(int* p, int v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
-template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
+template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
   auto body = [&] { kernel(args...); };
   cpu::pool()->run(
       grid, block, [](void* f) { (*(decltype(body)*)f)(); }, &body);

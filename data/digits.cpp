@@ -335,15 +335,23 @@ std::vector<uint8_t> draw_sheet(int digits, uint64_t stream) {
   return pixels;
 }
 
+// A picture for readers: a corner of a sheet, one row of each digit
+std::vector<uint8_t> corner_of(const std::vector<uint8_t>& sheet, int width) {
+  std::vector<uint8_t> corner;
+  for (int y = 0; y < 10 * kTile; y++)
+    corner.insert(corner.end(), sheet.begin() + y * kWidth, sheet.begin() + y * kWidth + width);
+  return corner;
+}
+
 // Writes under another name and renames at the end: a failure leaves the file that was there as it was.
-bool save(const std::string& path, const std::vector<uint8_t>& pixels) {
+bool save(const std::string& path, const std::vector<uint8_t>& pixels, int width) {
   const std::string unfinished = path + ".part";
   std::FILE* file = std::fopen(unfinished.c_str(), "wb");
   bool saved = file != nullptr;
   if (file) {
     auto write = [](void* to, void* bytes, int size) { std::fwrite(bytes, 1, size, static_cast<std::FILE*>(to)); };
-    int height = int(pixels.size()) / kWidth;
-    saved = stbi_write_png_to_func(write, file, kWidth, height, 1, pixels.data(), kWidth) && !std::ferror(file);
+    int height = int(pixels.size()) / width;
+    saved = stbi_write_png_to_func(write, file, width, height, 1, pixels.data(), width) && !std::ferror(file);
     saved = std::fclose(file) == 0 && saved;
     saved = saved && std::rename(unfinished.c_str(), path.c_str()) == 0;
   }
@@ -362,12 +370,14 @@ int main(int argc, char** argv) {
   auto [rest, error] = std::from_chars(number.data(), number.data() + number.size(), seed);
   bool whole = error == std::errc() && rest == number.data() + number.size();
   if (argc > 3 || folder.empty() || folder[0] == '-' || !whole) {
-    std::fprintf(stderr, "usage: digits FOLDER [SEED]   draws FOLDER/train.png and test.png; SEED 1 if left out\n");
+    std::fprintf(stderr,
+                 "usage: digits FOLDER [SEED]   draws FOLDER/train.png, test.png and digits.png; SEED 1 if left out\n");
     return 2;
   }
   stbi_write_png_compression_level = 9;
   // Two streams for every seed, so that no seed's test digits are another's training digits.
-  bool saved = save(folder + "/train.png", draw_sheet(20000, 2 * seed - 1)) &&
-               save(folder + "/test.png", draw_sheet(2000, 2 * seed));
+  const std::vector<uint8_t> train = draw_sheet(20000, 2 * seed - 1), test = draw_sheet(2000, 2 * seed);
+  bool saved = save(folder + "/train.png", train, kWidth) && save(folder + "/test.png", test, kWidth) &&
+               save(folder + "/digits.png", corner_of(test, 24 * kTile), 24 * kTile);
   return saved ? 0 : 1;
 }
