@@ -1413,12 +1413,14 @@ static void take_weights(Mlp& net, const SafeTensors& file, const std::string& p
   for (int l = 1; l <= net.L; l++)
     set_parameters(net.layer[l], layers[l - 1].first->value, layers[l - 1].second->value);
 }
-static double metadata_number(const SafeTensors& file, const std::string& path, const char* name, double most) {
+// Hands a word of the file's metadata to `use`, which may misuse(): the file is damaged then.
+template <class F>
+static void read_metadata(const SafeTensors& file, const std::string& path, const char* name, F use) {
   const auto entry = file.metadata.find(name);
   if (entry == file.metadata.end())
     fail("%s: holds weights but no training state (no %s); use --init", path.c_str(), name);
   try {
-    return number(entry->second, 0, most);
+    use(entry->second);
   } catch (const UsageError& error) {
     fail("%s: its %s '%s' %s; the file is damaged", path.c_str(), name, entry->second.c_str(), error.what());
   }
@@ -1426,14 +1428,9 @@ static double metadata_number(const SafeTensors& file, const std::string& path, 
 // The options that a checkpoint remembers, but for those on the command line
 static void take_options(Options& o, const SafeTensors& file, const std::string& path) {
   for (const Option& option : option_table) {
-    const auto entry = file.metadata.find(option.name);
-    if (!option.saved || o.has(option.name) || entry == file.metadata.end()) continue;
+    if (!option.saved || o.has(option.name) || !file.metadata.count(option.name)) continue;
     if (o.has("precision") && !strcmp(option.name, "loss-scale")) continue;  // the new precision has its own default
-    try {
-      option.set(o, entry->second);
-    } catch (const UsageError& error) {
-      fail("%s: its %s '%s' %s; the file is damaged", path.c_str(), option.name, entry->second.c_str(), error.what());
-    }
+    read_metadata(file, path, option.name, [&](const std::string& value) { option.set(o, value); });
   }
 }
 
@@ -1515,9 +1512,12 @@ struct Run {
   double loss_sum = 0;  // of those
   FILE* log = nullptr;
 };
-static void check_folder(const std::string& path) {  // now, rather than after an hour of training
+static void check_can_save(const std::string& path) {  // now, rather than after an hour of training
   const std::string folder = std::filesystem::path(path).parent_path().string();
-  if (!path.empty() && access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0)
+  std::error_code none;
+  if (std::filesystem::is_directory(path, none)) fail("%s: is a folder; name a file to save to", path.c_str());
+  if (access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0 ||
+      (access(path.c_str(), W_OK) != 0 && errno != ENOENT))
     fail("%s: cannot be saved: %s; make its folder, or save elsewhere", path.c_str(), strerror(errno));
 }
 static void check_fit(const Options& o, const Images& images) {
@@ -1530,17 +1530,25 @@ static void check_fit(const Options& o, const Images& images) {
   if (o.batch > images.count)
     fail("--batch %d: %s holds only %d images to train on", o.batch, o.data.c_str(), images.count);
 }
-// Where a checkpoint left off. A scale on the command line begins anew.
+// Where a checkpoint left off. A scale on the command line begins anew; another --batch begins at the same image.
 static void restore(Run& run, const SafeTensors& file) {
   const Options& o = run.o;
-  const auto saved = [&](const char* name, double most) { return metadata_number(file, o.resume, name, most); };
   StepState& state = run.t.state;
-  run.t.epoch = int(saved("epoch", 1e6));
-  state.step = unsigned(saved("step", 4e9)), state.skipped = int(saved("skipped", 2e9));
-  state.position = std::min(int(saved("position", 2e9)), run.steps);
-  const bool was_dynamic = file.metadata.count("loss-scale") && file.metadata.at("loss-scale") == "dynamic";
-  if (o.dynamic() && was_dynamic && !o.has("loss-scale") && !o.has("scale-init"))
-    state.scale = float(saved("scale", 3.4e38)), state.growth_tracker = int(saved("tracker", 2e9));
+  int64_t old_batch = 0, image = 0;
+  bool was_dynamic = false;
+  const auto count = [&](const char* name, auto& n) {
+    read_metadata(file, o.resume, name, [&](const std::string& s) { n = std::decay_t<decltype(n)>(whole(s, 0, 2e9)); });
+  };
+  count("epoch", run.t.epoch), count("step", state.step), count("skipped", state.skipped);
+  count("batch", old_batch), count("position", image), image *= old_batch;
+  state.position = int(image / o.batch);
+  if (state.position >= run.steps && state.position > 0) run.t.epoch++, state.position = 0;
+  read_metadata(file, o.resume, "loss-scale", [&](const std::string& s) { was_dynamic = s == "dynamic"; });
+  if (o.dynamic() && was_dynamic && !o.has("loss-scale") && !o.has("scale-init")) {
+    read_metadata(file, o.resume, "scale",
+                  [&](const std::string& s) { state.scale = float(number(s, least_rate, 3.4e38)); });
+    count("tracker", state.growth_tracker);
+  }
   if (state.growth_tracker >= o.growth_interval) state.growth_tracker = 0;
   for (int l = 1; l <= run.t.net.L; l++)
     for (const SavedTensor& tensor : file.tensors)
@@ -1554,7 +1562,7 @@ static void prepare(Run& run) {
   if (!from.empty()) file = read_safetensors(from), take_layers(o, file, from);
   if (!o.resume.empty()) take_options(o, file, from), o.save = o.save.empty() ? o.resume : o.save;
   refuse_contradictions(o);
-  check_folder(o.save);
+  if (!o.save.empty()) check_can_save(o.save);
   run.data = load_dataset(o.data);
   const Images& images = run.data.train;
   check_fit(o, images);
@@ -1715,7 +1723,9 @@ static Options parse(const std::string& command, const std::vector<std::string>&
     if (command == "test" && name != "data") misuse("--" + name + " is an option of mp train; mp test has only --data");
     if (o.has(option->name)) misuse("--" + name + " is given twice");
     if (equals == std::string::npos && i + 1 == words.size()) misuse("--" + name + " needs a value: " + option->values);
-    set_option(o, *option, equals == std::string::npos ? words[++i] : words[i].substr(equals + 1));
+    const std::string value = equals == std::string::npos ? words[++i] : words[i].substr(equals + 1);
+    if (value.empty()) misuse("--" + name + " needs a value: " + option->values);
+    set_option(o, *option, value);
     o.given.push_back(option->name);
   }
   return o;
@@ -1748,6 +1758,8 @@ __attribute__((weak)) int main(int argc, char** argv) {
     fprintf(stderr, "%smp: %s\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", error.what());
   } catch (const std::bad_alloc&) {
     fprintf(stderr, "mp: out of memory; make --layers or --batch smaller\n");
+  } catch (const std::exception& error) {  // of the file system, say
+    fprintf(stderr, "mp: %s\n", error.what());
   }
   return 1;
 }
