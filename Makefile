@@ -8,10 +8,11 @@ BACKEND ?= $(if $(and $(shell command -v nvcc),$(shell nvidia-smi -L 2>/dev/null
 ARGS =
 B = build
 WARN = -Wall -Wextra -Wshadow
-OPT = -O2 -march=native
+NATIVE := $(shell $(CXX) -march=native -x c++ -fsyntax-only /dev/null 2>/dev/null && echo -march=native)
+OPT = -O2 $(NATIVE)
 ifdef SANITIZE
   B = build/sanitize
-  OPT = -O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=undefined
+  OPT = -O1 -g $(NATIVE) -fsanitize=address,undefined -fno-sanitize-recover=undefined
 endif
 ifdef PORTABLE
   B = build/portable

@@ -373,16 +373,13 @@ template <Layout layout, class T> __global__ void gemm_naive_kernel(Operands p) 
   finish<T>(p, m, n, c);
 }
 
-// Rung 2: a block computes a tile of BM x BN results. It brings the operands into shared memory BK at a time, as
-// floats, where each number is read BM or BN times instead of from far away; each thread keeps 8 x WIDE results in
-// registers.
-//
+// Rung 2: a block computes a tile of BM x BN results. It brings the operands BK at a time into shared memory, as floats,
+// where each is read BM or BN times instead of from far away; a thread keeps 8 rows of WIDES * WIDE results in registers.
 // load_floats: rows x cols numbers from g on, transposed if asked. What does not exist is left as it is: it could only
 // reach results that do not exist either, but for a row's padding, which gets zeros.
 template <bool transposed, int rows, int cols, int threads, class T>
 __device__ __forceinline__ void load_floats(float* tile, const T* g, int stride, int rows_left, int cols_left) {
-  const int thread =
-      threadIdx.x;  // neighbours read neighbouring groups of 8, or, transposed, write neighbouring floats
+  const int thread = threadIdx.x;  // neighbours read neighbouring groups of 8 or, transposed, write neighbouring floats
   const int first_row = transposed ? thread % rows : thread / (cols / 8);
   const int first_col = 8 * (transposed ? thread / rows : thread % (cols / 8));
   constexpr int row_step = transposed ? (threads < rows ? threads : rows) : threads / (cols / 8);
@@ -446,19 +443,13 @@ static Operands operands(Layout layout, const Tensor& A, const Tensor& B, const 
          B.rows, B.cols, C.rows, C.cols);
   if (A.type != C.type || B.type != C.type || (e.bias && e.bias->type != C.type) || (e.mask && e.mask->type != C.type))
     fail("a matrix product of different types");
-  return {A.memory.get(),
-          B.memory.get(),
-          e.bias ? e.bias->memory.get() : nullptr,
-          e.mask ? e.mask->memory.get() : nullptr,
-          C.memory.get(),
-          A.stride,
-          B.stride,
-          C.stride,
-          e.mask ? e.mask->stride : 0,
-          C.rows,
-          C.cols,
-          K,
-          e.relu};
+  Operands p = {};
+  p.A = A.memory.get(), p.B = B.memory.get(), p.C = C.memory.get();
+  p.stride_a = A.stride, p.stride_b = B.stride, p.stride_c = C.stride;
+  p.M = C.rows, p.N = C.cols, p.K = K, p.relu = e.relu;
+  if (e.bias) p.bias = e.bias->memory.get();
+  if (e.mask) p.mask = e.mask->memory.get(), p.stride_mask = e.mask->stride;
+  return p;
 }
 // Calls f with the layout as a type, so that kernels know it when they are compiled.
 template <class F> void with_layout(Layout layout, F f) {
@@ -541,13 +532,12 @@ __global__ void scaler_kernel(StepState* state, StepRecord* history, float growt
 void LossScaler::update() { launch(scaler_kernel, 1, 1, state.get(), history.get(), growth, backoff, interval); }
 
 // ==== 3.2 step 5: the update =========================================================================================
-// The article's error
-// correction (3.1). lr * g is often less than half a unit in the last place of a 16-bit w, and then w - lr g rounds to
-// w: nothing is learnt. Four ways to add it up:
-//   master      an fp32 sum, of which the 16-bit weights are a rounded copy            6 bytes a weight
-//   half        w itself, rounded to nearest: what goes wrong without the others       2
-//   kahan       w, and what the rounding lost in a second 16-bit number                4
-//   stochastic  w, rounded up or down by chance, so that it is right on average        2
+// The article's error correction (3.1). lr g is often less than half a unit in the last place of a 16-bit w; then
+// w - lr g rounds to w, and nothing is learnt. Four ways to add it up, and the bytes a weight they keep:
+//   master      6  an fp32 sum, of which the 16-bit weights are a rounded copy
+//   half        2  w itself, rounded to nearest: what goes wrong without the others
+//   kahan       4  w, and what the rounding lost in a second 16-bit number (Kahan 1965; arXiv 2010.06192)
+//   stochastic  2  w, rounded up or down by chance, so that it is right on average
 template <class T> __device__ __forceinline__ float rounded(float x) { return to_float(round_to<T>(x)); }
 __host__ __device__ half stochastic_half(float x, uint64_t random) {
   const uint32_t sign = bits_of(x) >> 16 & 0x8000, u = bits_of(x) & 0x7fffffff;
@@ -620,7 +610,7 @@ void update(Mlp& net, LossScaler& scaler, float lr) {
       using T = decltype(zero);
       launch_elements(update_kernel<T>, layer.weights.cols, net.update, layer.master.as<float>(), layer.weights.as<T>(),
                       layer.compensation.as<T>(), layer.gradients.as<T>(), layer.weights.cols, lr,
-                      random_bits(net.seed, 1000 + l), scaler.state.get());
+                      random_bits(net.seed, net.L + l), scaler.state.get());
     });
   }
 }
@@ -645,8 +635,10 @@ static void check(cudaError_t error, const char* call, const char* file, int lin
 template <class T> static std::shared_ptr<T> device_array(size_t count) {
   const size_t bytes = count * sizeof(T) + 64;
   void* p = nullptr;
-  if (cudaMalloc(&p, bytes) != cudaSuccess)
+  const cudaError_t error = cudaMalloc(&p, bytes);
+  if (error == cudaErrorMemoryAllocation)
     fail("out of memory: no room for another %.1f MiB; make --batch or --layers smaller", double(bytes) / (1 << 20));
+  CHECK(error);
   CHECK(cudaMemset(p, 0, bytes));
   return std::shared_ptr<T>(static_cast<T*>(p), [](T* memory) { cudaFree(memory); });
 }
@@ -754,8 +746,7 @@ StepState LossScaler::read() const {
 void LossScaler::write(const StepState& s) { CHECK(cudaMemcpy(state.get(), &s, sizeof s, cudaMemcpyHostToDevice)); }
 
 // ==== 3.2 step 6: evaluation =========================================================================================
-// Box H, the output: forward
-// alone, with the 16-bit weights that training uses, and the largest logit wins.
+// Box H, the output: forward alone, with the 16-bit weights that training uses, and the largest logit wins.
 std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
   const size_t in = size_t(net.layer[0].a.cols), count = pixels.size() / in;
   const std::shared_ptr<uint8_t> bytes = on_device(pixels);
@@ -1736,6 +1727,7 @@ static int run_command(const std::vector<std::string>& words) {
     if (word == "--help" || word == "-h") return print_help(), 0;
   if (command == "train" || command == "test") {
     const Options o = parse(command, {words.begin() + 1, words.end()});
+    machine();  // fails at once where a CUDA build finds no device
     if (command == "test") return test(o);
     if (!o.files.empty()) misuse("'" + o.files[0] + "' is no option");
     return train(o);
