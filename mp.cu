@@ -1484,12 +1484,12 @@ static std::string first_not_finite(Mlp& net, const Batch& batch, LossScaler& sc
 // The log is written in place. A resumed run keeps the rows of the steps before it and goes on after them.
 static std::string old_rows(const std::string& path, unsigned first_step) {
   std::string rows = "step,epoch,loss,loss_scale,found_inf\n", row;
+  if (first_step == 0 || !std::filesystem::is_regular_file(path)) return rows;
   std::ifstream old(path);
-  for (std::getline(old, row); first_step > 0 && std::getline(old, row) && !old.eof();)
+  for (std::getline(old, row); std::getline(old, row) && !old.eof();)  // a row without its end was cut off
     if (std::strtoul(row.c_str(), nullptr, 10) < first_step) rows += row + "\n";
   return rows;
 }
-
 struct Run {
   Options o;
   Dataset data;
@@ -1543,8 +1543,11 @@ static void restore(Run& run, const SafeTensors& file) {
   if (state.growth_tracker >= o.growth_interval) state.growth_tracker = 0;
   for (int l = 1; l <= run.t.net.L; l++)
     for (const SavedTensor& tensor : file.tensors)
-      if (tensor.name == name_of(l, "compensation") && run.t.net.layer[l].compensation.memory)
+      if (tensor.name == name_of(l, "compensation") && run.t.net.layer[l].compensation.memory) {
+        if (tensor.value.size() != size_t(run.t.net.layer[l].compensation.cols))
+          fail("%s: %s has the wrong size; the file is damaged", o.resume.c_str(), tensor.name.c_str());
         to_device(tensor.value, run.t.net.layer[l].compensation);
+      }
 }
 static void prepare(Run& run) {
   Options& o = run.o;
@@ -1586,8 +1589,9 @@ static void fetch(Run& run) {
                    cudaMemcpyDeviceToHost));
   unsigned step = state.step + state.halted - unsigned(records.size());
   for (const StepRecord& r : records) {
-    run.loss_sum += r.loss, run.fetched++;
-    if (run.log) fprintf(run.log, "%u,%d,%.9g,%.9g,%d\n", step++, run.t.epoch + 1, r.loss, r.loss_scale, r.found_inf);
+    const float loss = std::isnan(r.loss) ? NAN : r.loss;  // without x86's minus sign
+    run.loss_sum += loss, run.fetched++;
+    if (run.log) fprintf(run.log, "%u,%d,%.9g,%.9g,%d\n", step++, run.t.epoch + 1, loss, r.loss_scale, r.found_inf);
   }
   if (run.log && (fflush(run.log) != 0 || ferror(run.log)))
     fail("%s: cannot be written: %s", run.o.log.c_str(), strerror(errno));
