@@ -95,7 +95,7 @@ cuda-check: | packages
 	@command -v nvcc >/dev/null || { echo "make cuda-check needs nvcc, of the CUDA Toolkit; a GPU it does not need"; exit 1; }
 	@mkdir -p build/cuda
 	nvcc -x cu -std=c++17 -O3 -DMP_CUDA -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Wshadow,-Werror --threads 0 \
-	  $$(for a in 75 80 90a 100 120; do nvcc --list-gpu-code | grep -qx sm_$${a%a} && \
+	  $$(for a in 75 80 90a 100 120; do nvcc -x cu -arch=sm_$$a -cubin -o build/cuda/known /dev/null 2>/dev/null && \
 	  echo "-gencode arch=compute_$$a,code=sm_$$a"; done) -c mp.cu -o build/cuda/mp.o
 	$(CXX) -std=c++17 $(WARN) -Werror -O1 -DMP_CUDA -c tests.cpp -o build/cuda/tests.o
 	nvcc build/cuda/tests.o build/cuda/mp.o -o build/cuda/tests

@@ -806,10 +806,11 @@ static std::vector<float> learn_parabola(bool relu, std::vector<float>& epoch_lo
   return answer;
 }
 static int article() {
+  const std::string where = machine();
   std::vector<float> line_loss, relu_loss;
   const std::vector<float> line = learn_parabola(false, line_loss), relu = learn_parabola(true, relu_loss);
   printf("%s · 1-5-1 · fp16, fp32 master, dynamic loss scale · E1, SGD 0.01, 256 points of y = x^2, batch 4\n\n",
-         machine().c_str());
+         where.c_str());
   printf("  epoch  loss without activation  loss with ReLU\n");
   for (int epoch : {1, 3, 10, 30, 100})
     printf("%7d  %23.5f  %14.5f\n", epoch, line_loss[epoch - 1], relu_loss[epoch - 1]);
@@ -1632,7 +1633,7 @@ static void train_epoch(Run& run) {
   if (stop_signal && t.state.position < run.steps) return;
   const double taken = seconds() - start, count = run.fetched - first;
   t.state.position = 0, t.epoch++;
-  printf("%5d  %10.4f  %12.2f%%  %10g  %7d  %8.0f  %7.2f\n", t.epoch, run.loss_sum / count,
+  printf("%5d  %10.5g  %12.2f%%  %10g  %7d  %8.0f  %7.2f\n", t.epoch, run.loss_sum / count,
          accuracy(t.net, run.data.test), t.state.scale, t.state.skipped, count * run.o.batch / taken, taken);
   fflush(stdout);
 }
