@@ -542,7 +542,8 @@ template <class T> __device__ __forceinline__ float rounded(float x) { return to
 __host__ __device__ half stochastic_half(float x, uint64_t random) {
   const uint32_t sign = bits_of(x) >> 16 & 0x8000, u = bits_of(x) & 0x7fffffff;
   const int exponent = int(u >> 23) - 127;
-  if (u >= 0x477fe000) return float_to_half(x);  // from 65504 on there is no upper neighbour
+  if (u >= 0x477fe000 || u < 0x800000)
+    return float_to_half(x);  // from 65504 on there is no upper neighbour; 0 is exact
   uint32_t h = 0;
   //{ stochastic_rounding
   const int dropped = exponent >= -14 ? 13 : exponent > -64 ? -1 - exponent : 63;
@@ -1507,7 +1508,8 @@ struct Run {
 static void check_can_save(const std::string& path) {  // now, rather than after an hour of training
   const std::string folder = std::filesystem::path(path).parent_path().string();
   std::error_code none;
-  if (std::filesystem::is_directory(path, none)) fail("%s: is a folder; name a file to save to", path.c_str());
+  if (std::filesystem::exists(path, none) && !std::filesystem::is_regular_file(path, none))
+    fail("%s: this is a folder, a device or a pipe; name a file to save to", path.c_str());
   if (access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0 ||
       (access(path.c_str(), W_OK) != 0 && errno != ENOENT))
     fail("%s: cannot be saved: %s; make its folder, or save elsewhere", path.c_str(), strerror(errno));
@@ -1569,7 +1571,7 @@ static void prepare(Run& run) {
   else take_weights(run.t.net, file, from);
   run.t.state.scale = o.dynamic() ? o.scale_init : o.loss_scale < 0 ? 1 : o.loss_scale;
   if (!o.resume.empty()) restore(run, file);
-  run.scaler = o.dynamic() ? LossScaler(65536, 2, 0.5f, o.growth_interval) : LossScaler(1, 1, 1);
+  run.scaler = o.dynamic() ? LossScaler(65536, 2, 0.5f, o.growth_interval) : LossScaler(1, 1, 1, 1);
   run.scaler.history = device_array<StepRecord>(run.steps);
   run.pixels = on_device(images.pixel), run.labels = on_device(images.label),
   run.order = device_array<int>(images.count);
@@ -1718,9 +1720,10 @@ static Options parse(const std::string& command, const std::vector<std::string>&
     if (!option) misuse("unknown option --" + name);
     if (command == "test" && name != "data") misuse("--" + name + " is an option of mp train; mp test has only --data");
     if (o.has(option->name)) misuse("--" + name + " is given twice");
-    if (equals == std::string::npos && i + 1 == words.size()) misuse("--" + name + " needs a value: " + option->values);
-    const std::string value = equals == std::string::npos ? words[++i] : words[i].substr(equals + 1);
-    if (value.empty()) misuse("--" + name + " needs a value: " + option->values);
+    const std::string next = i + 1 < words.size() ? words[i + 1] : "";
+    const std::string value = equals == std::string::npos ? next : words[i].substr(equals + 1);
+    if (value.empty() || value.rfind("--", 0) == 0) misuse("--" + name + " needs a value: " + option->values);
+    if (equals == std::string::npos) i++;
     set_option(o, *option, value);
     o.given.push_back(option->name);
   }

@@ -403,7 +403,7 @@ struct Thread {
   int passed;
 };
 struct Warp {
-  Barrier barrier[32];  // a mask's is that of its lowest lane
+  Barrier barrier[32];  // one for each mask that lanes wait with
   void* lane[32];
 };
 struct Block {
@@ -607,8 +607,11 @@ template <class Lane, class F> void together(unsigned mask, Lane& mine, const ch
   const int lane = b.me % 32, lanes = std::min(32, b.size - b.me / 32 * 32);
   mask &= ~0u >> (32 - lanes);
   if (!(mask >> lane & 1)) die("a lane is not in its own mask");
-  Barrier& bar = w.barrier[__builtin_ctz(mask)];
-  if (bar.arrived && bar.mask != mask) die("the lanes of a warp name different masks");
+  const auto same = [&](const Barrier& other) { return other.arrived && other.mask == mask; };
+  const auto unused = [](const Barrier& other) { return other.arrived == 0; };
+  auto found = std::find_if(w.barrier, w.barrier + 32, same);
+  if (found == w.barrier + 32) found = std::find_if(w.barrier, w.barrier + 32, unused);
+  Barrier& bar = *found;
   bar.mask = mask, w.lane[lane] = &mine;
   const int expected = __builtin_popcount(mask);
   if (bar.arrived + 1 == expected) all_lanes((Lane**)w.lane, mask);
