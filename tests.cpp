@@ -6,12 +6,15 @@
 // relative error of one fp32 operation.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <cfloat>
 #include <cmath>
+#include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <filesystem>
@@ -22,12 +25,6 @@
 #include <utility>
 
 #include "mp.h"
-#if !defined(MP_CUDA)
-#include <sys/resource.h>
-#include <sys/wait.h>
-
-#include <csignal>
-#endif
 
 // ==== Words for all suites ===========================================================================================
 static constexpr double e = 0x1p-24, infinite = HUGE_VAL;
