@@ -1535,7 +1535,7 @@ static void restore(Run& run, const SafeTensors& file) {
   };
   count("epoch", run.t.epoch), count("step", state.step), count("skipped", state.skipped);
   count("batch", old_batch), count("position", image), image *= old_batch;
-  state.position = int(image / o.batch);
+  state.position = int(std::min(image / o.batch, int64_t(run.steps)));
   if (state.position >= run.steps && state.position > 0) run.t.epoch++, state.position = 0;
   read_metadata(file, o.resume, "loss-scale", [&](const std::string& s) { was_dynamic = s == "dynamic"; });
   if (o.dynamic() && was_dynamic && !o.has("loss-scale") && !o.has("scale-init")) {
