@@ -9,7 +9,7 @@ ARGS =
 B = build
 WARN = -Wall -Wextra -Wshadow
 NATIVE := $(shell $(CXX) -march=native -x c++ -fsyntax-only /dev/null 2>/dev/null && echo -march=native)
-OPT = -O2 $(NATIVE)
+OPT = -O2 -g $(NATIVE)
 ifdef SANITIZE
   B = build/sanitize
   OPT = -O1 -g $(NATIVE) -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -23,7 +23,10 @@ COMPILE = $(CXX) -x c++ $(FLAGS) -pthread
 LINK = $(CXX) $(FLAGS) -pthread
 ifeq ($(BACKEND),cuda)
   # The GPU's own number, such as 90; Hopper's wgmma needs the a in 90a.
-  ARCH := $(patsubst 90,90a,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .))
+  ARCH ?= $(patsubst 90,90a,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .))
+  ifeq ($(ARCH),)
+    $(error no GPU answers nvidia-smi: make BACKEND=cpu, or name the GPU to build for, as in make BACKEND=cuda ARCH=75)
+  endif
   COMPILE = nvcc -x cu -std=c++17 -O3 -arch=sm_$(ARCH) -DMP_CUDA -Xcompiler=-Wall,-Wextra,-Wshadow
   LINK = nvcc -arch=sm_$(ARCH)
   FLAGS += -DMP_CUDA
@@ -34,8 +37,8 @@ all: $(B)/mp
 	@echo "built $(B)/mp ($(BACKEND)). Next: make run, make test, build/mp --help; walkthrough.md tells the story"
 run: $(B)/mp
 	$(B)/mp train --save build/digits.safetensors $(ARGS)
-	@echo "Next: build/mp test build/digits.safetensors        which digits it takes for which"
-	@echo "      make run ARGS='--precision bf16 --update half --lr 0.001'   no master weights: see it learn next to nothing"
+	@echo "Next: build/mp test build/digits.safetensors            which digits it takes for which"
+	@echo "      build/mp train --precision bf16 --update half --lr 0.001   no master weights: it learns next to nothing"
 	@echo "      make mnist && build/mp train --data build/mnist --lr 0.2 --epochs 5"
 test: $(B)/tests $(B)/mp
 	MP_PROGRAM=$(B)/mp $(B)/tests $(ARGS)

@@ -375,8 +375,8 @@ template <Layout layout, class T> __global__ void gemm_naive_kernel(Operands p) 
 
 // Rung 2: a block computes a tile of BM x BN results. It brings the operands BK at a time into shared memory, as floats,
 // where each is read BM or BN times instead of from far away; a thread keeps 8 rows of WIDES * WIDE results in registers.
-// load_floats: rows x cols numbers from g on, transposed if asked. What does not exist is left as it is: it could only
-// reach results that do not exist either, but for a row's padding, which gets zeros.
+// load_floats: rows x cols numbers from g on, transposed if asked. What does not exist is left as it is, for it reaches
+// only results that do not exist either; a last group of 8 in a row is filled up with zeros.
 template <bool transposed, int rows, int cols, int threads, class T>
 __device__ __forceinline__ void load_floats(float* tile, const T* g, int stride, int rows_left, int cols_left) {
   const int thread = threadIdx.x;  // neighbours read neighbouring groups of 8 or, transposed, write neighbouring floats
@@ -484,6 +484,7 @@ __device__ __forceinline__ float unscaled(float scaled_gradient, float inverse_s
   //}
   return gradient;
 }
+// This kernel only looks, at all gradients, before update_kernel multiplies any of them.
 template <class T> __global__ void check_kernel(const T* gradients, int n, StepState* state) {
   int found_inf[8] = {};
   const Share share = my_share(n);
@@ -634,7 +635,7 @@ static void check(cudaError_t error, const char* call, const char* file, int lin
   if (error != cudaSuccess) fail("%s:%d: %s: %s", file, line, call, cudaGetErrorString(error));
 }
 template <class T> static std::shared_ptr<T> device_array(size_t count) {
-  const size_t bytes = count * sizeof(T) + 64;
+  const size_t bytes = std::max(count * sizeof(T), size_t(1));
   void* p = nullptr;
   const cudaError_t error = cudaMalloc(&p, bytes);
   if (error == cudaErrorMemoryAllocation)
@@ -668,7 +669,8 @@ Tensor first_rows(const Tensor& t, int rows) {
 static Tensor part_of(const Tensor& flat, int first, int rows, int cols) {
   Tensor view = flat;
   view.rows = rows, view.cols = cols, view.stride = padded(cols);
-  view.memory = std::shared_ptr<char>(flat.memory, flat.memory.get() + first * (flat.type == Type::fp32 ? 4 : 2));
+  view.memory =
+      std::shared_ptr<char>(flat.memory, flat.memory.get() + size_t(first) * (flat.type == Type::fp32 ? 4 : 2));
   return view;
 }
 std::vector<float> to_host(const Tensor& t) {
@@ -711,6 +713,7 @@ Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update)
     if (l == 0) continue;
     const int in = sizes[l - 1], out = sizes[l];
     if ((int64_t(in) + 8) * out > 1 << 30) fail("a layer of %d x %d has more than 2^30 weights", out, in);
+    if (std::max(out, batch) > 1000000) fail("a layer or a batch of more than 1,000,000");  // a CUDA grid is 65535 high
     const int W_size = out * padded(in), n = W_size + padded(out);
     layer.delta = make_tensor(batch, out, type);
     layer.gradients = make_tensor(1, n, type);
@@ -768,10 +771,9 @@ std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
   return answer;
 }
 // ==== 4.3, 5.2 The example: 1-5-1 ====================================================================================
-// The article's listing as it
-// was meant: inputs 1, hidden 5, output 1 (one hidden layer: the article counts two), E1, SGD 0.01, 100 epochs, a
-// GradScaler; the data it leaves undefined are points of y = x^2. Written as in the article, without an activation, the
-// network is one linear map, and the best line through this parabola is flat.
+// The article's listing as it was meant: inputs 1, hidden 5, output 1 (one hidden layer: the article counts two), E1,
+// SGD 0.01, 100 epochs, a GradScaler; the data that it leaves undefined are points of y = x^2. Written as in the
+// article, without an activation, the network is one linear map, and the best line through this parabola is flat.
 static std::vector<float> learn_parabola(bool relu, std::vector<float>& epoch_loss) {
   const int n = 256, batch_rows = 4, epochs = 100;
   std::vector<float> x, y;
@@ -1264,7 +1266,7 @@ static std::vector<int> layer_sizes(const std::string& text) {
   std::vector<int> sizes;
   for (size_t from = 0, to; from <= text.size(); from = to + 1) {
     to = std::min(text.find(',', from), text.size());
-    sizes.push_back(int(whole(text.substr(from, to - from), 1, 1 << 24)));
+    sizes.push_back(int(whole(text.substr(from, to - from), 1, 1e6)));
   }
   if (sizes.size() < 2) misuse("needs at least an input and an output, such as 784,10");
   return sizes;
@@ -1301,7 +1303,7 @@ static const Option option_table[] = {
   {"epochs", "N", "counted from the very beginning, also after --resume", true,
     [](O& o, const S& s) { o.epochs = int(whole(s, 1, 1e6)); }, [](const O& o) { return std::to_string(o.epochs); }},
   {"batch", "N", "images a step", true,
-    [](O& o, const S& s) { o.batch = int(whole(s, 1, 1 << 24)); }, [](const O& o) { return std::to_string(o.batch); }},
+    [](O& o, const S& s) { o.batch = int(whole(s, 1, 1e6)); }, [](const O& o) { return std::to_string(o.batch); }},
   {"lr", "X", "learning rate of plain SGD", true,
     [](O& o, const S& s) { o.lr = float(number(s, least_rate, most_rate)); }, [](const O& o) { return text_of(o.lr); }},
   {"seed", "N", "of the first weights, the shuffling, stochastic rounding", true,
@@ -1336,8 +1338,10 @@ static void refuse_contradictions(const Options& o) {
            " with --precision fp32: fp32 weights lose nothing that it could save");
   if (o.precision == Type::fp32 && o.dynamic())
     misuse("--loss-scale dynamic with --precision fp32: its gradients do not vanish, there is nothing to scale for");
-  if (!o.dynamic() && o.resume.empty() && (o.has("scale-init") || o.has("growth-interval")))
+  if (!o.dynamic() && (o.has("scale-init") || o.has("growth-interval")))
     misuse("--scale-init and --growth-interval are for a dynamic scale: add --loss-scale dynamic");
+  for (const std::string& other : {o.save, o.resume, o.init})
+    if (!o.log.empty() && o.log == other) misuse("--log " + o.log + " would overwrite the checkpoint of that name");
   if (!o.init.empty() && !o.resume.empty()) misuse("--init and --resume both bring weights: give one of them");
 }
 
@@ -1422,7 +1426,9 @@ static void read_metadata(const SafeTensors& file, const std::string& path, cons
 static void take_options(Options& o, const SafeTensors& file, const std::string& path) {
   for (const Option& option : option_table) {
     if (!option.saved || o.has(option.name) || !file.metadata.count(option.name)) continue;
-    if (o.has("precision") && !strcmp(option.name, "loss-scale")) continue;  // the new precision has its own default
+    const bool new_precision = o.has("precision") && file.metadata.count("precision") &&
+                               file.metadata.at("precision") != type_names[int(o.precision)];
+    if (new_precision && !strcmp(option.name, "loss-scale")) continue;  // it has its own default
     read_metadata(file, path, option.name, [&](const std::string& value) { option.set(o, value); });
   }
 }
@@ -1556,8 +1562,9 @@ static void prepare(Run& run) {
   Options& o = run.o;
   const std::string from = o.resume.empty() ? o.init : o.resume;
   SafeTensors file;
-  if (!from.empty()) file = read_safetensors(from), take_layers(o, file, from);
+  if (!from.empty()) file = read_safetensors(from);
   if (!o.resume.empty()) take_options(o, file, from), o.save = o.save.empty() ? o.resume : o.save;
+  if (!from.empty()) take_layers(o, file, from);  // after the options: the weights' own shapes decide
   refuse_contradictions(o);
   if (!o.save.empty()) check_can_save(o.save);
   run.data = load_dataset(o.data);
@@ -1600,9 +1607,9 @@ static void fetch(Run& run) {
     fail("%s: cannot be written: %s", run.o.log.c_str(), strerror(errno));
   if (!state.halted) return;
   fail(
-      "step %u (epoch %d, batch %d) cannot be saved by a smaller loss scale (it is %g): %s. Nothing of this epoch was "
-      "saved; "
-      "use a smaller --lr, or --precision bf16 or fp32",
+      "step %u (epoch %d, batch %d) cannot be saved by a smaller loss scale than its %g: %s; use a smaller --lr, or "
+      "--precision "
+      "bf16 or fp32 (no checkpoint holds anything of this epoch)",
       state.step, run.t.epoch + 1, state.position, state.scale,
       first_not_finite(run.t.net, run.batch, run.scaler).c_str());
 }
@@ -1747,6 +1754,8 @@ static int run_command(const std::vector<std::string>& words) {
 }
 // Weak, so that the tests, which have a main of their own, can be linked with this file.
 __attribute__((weak)) int main(int argc, char** argv) {
+  for (int standard = 0; standard <= 2; standard++)  // a closed one would be given to the next file opened
+    if (fcntl(standard, F_GETFD) < 0) open("/dev/null", O_RDWR);
   try {
     const int status = run_command({argv + 1, argv + argc});
     if (fflush(stdout) != 0 || ferror(stdout)) fail("standard output cannot be written: %s", strerror(errno));

@@ -64,7 +64,7 @@ enum class Layout {
 struct Epilogue {                // what happens to a sum before it is rounded, once, to C's type
   const Tensor* bias = nullptr;  // [1, N]: added to every row
   bool relu = false;             // then negative sums become 0 (NaN stays)
-  const Tensor* mask = nullptr;  // [M, N]: where it is not above 0 the result is 0: the derivative of that ReLU
+  const Tensor* mask = nullptr;  // [M, N]: where it is 0 or below the result is 0: that ReLU's derivative
 };
 // All operands of one type; any size from 1 up; C's padding may be written. They fail when the shapes do not fit.
 void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
@@ -275,8 +275,7 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 inline const char* cudaGetErrorString(cudaError_t e) { return e ? "out of memory" : "no error"; }
 inline cudaError_t cudaMalloc(void** p, size_t bytes) {
   static const size_t all = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
-  *p = bytes < all ? std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64) : nullptr;  // not the lazy promise of more
-  return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+  return bytes < all && posix_memalign(p, 64, bytes) == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 inline cudaError_t cudaFree(void* p) { return std::free(p), cudaSuccess; }
 inline cudaError_t cudaMemset(void* p, int v, size_t bytes) { return std::memset(p, v, bytes), cudaSuccess; }
@@ -585,15 +584,19 @@ struct Pool {
 };
 inline std::unique_ptr<Pool>& pool() {  // MP_THREADS=N, else every core
   static std::unique_ptr<Pool> p = [] {
+    const auto number = [](const char* name, const char* s, unsigned long most, const char* what) {
+      char* end = nullptr;
+      const unsigned long n = std::strtoul(s, &end, 10);
+      if (*s < '0' || *s > '9' || *end || n < 1 || n > most) fail("%s=%s: must be %s", name, s, what);
+      return n;
+    };
     if (const char* s = std::getenv("MP_ORDER")) {
       poison = true;
       order = !std::strcmp(s, "forward") ? forward : !std::strcmp(s, "backward") ? backward : shuffled;
-      if (order == shuffled && (seed = unsigned(std::strtoul(s, nullptr, 10))) == 0)
-        fail("MP_ORDER=%s: must be forward, backward or a number from 1 up, the seed of a random order", s);
+      if (order == shuffled) seed = unsigned(number("MP_ORDER", s, ~0u, "forward, backward or a seed from 1 up"));
     }
     int workers = int(std::max(1u, std::thread::hardware_concurrency()));
-    if (const char* s = std::getenv("MP_THREADS"))
-      if ((workers = std::atoi(s)) < 1 || workers > 1024) fail("MP_THREADS=%s: must be a number from 1 to 1024", s);
+    if (const char* s = std::getenv("MP_THREADS")) workers = int(number("MP_THREADS", s, 1024, "from 1 to 1024"));
     return std::make_unique<Pool>(workers);
   }();
   return p;

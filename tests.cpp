@@ -2290,6 +2290,10 @@ TEST_SUITE("checkpoints") {
       CHECK(w.model("a").metadata.at("lr") == "0.05");
     }
     CHECK(w.model("m").metadata == model.metadata);
+    check_success(w.train("--save n --loss-scale 1024"));
+    check_success(w.resume("n --precision fp16 --epochs 2"));  // what it was before: so is the scale
+    CHECK(w.model("n").metadata.at("loss-scale") == "1024");
+    check_refused(w.resume("m --log m"), {"--log m"}, 2);
     check_refused(w.resume("m --layers 16,9,10"), {"m: ", "16,8,10", "--layers 16,9,10"});
     check_refused(w.resume("m --precision fp32 --update half"), {"--update half with --precision fp32"}, 2);
     check_refused(w.resume("m --init m"), {"--init and --resume"}, 2);
@@ -2303,6 +2307,7 @@ TEST_SUITE("checkpoints") {
     check_success(o);
     for (const auto& row : table_of(o)) CHECK(row[LOSS] > 0);
     CHECK(with("position", "2000000000", "1").status <= 1);
+    check_success(with("layers", "16,8,10,10"));  // the tensors' shapes count
     const std::pair<string, string> damaged[] = {
         {"epoch", "x"},   {"epoch", "1.5"},  {"epoch", "-1"}, {"step", "1e30"}, {"scale", "0"},        {"scale", "nan"},
         {"scale", "inf"}, {"tracker", "-1"}, {"lr", "0"},     {"update", ""},   {"precision", "fp64"}, {"seed", "y"}};
