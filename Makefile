@@ -9,7 +9,7 @@ ARGS =
 B = build
 WARN = -Wall -Wextra -Wshadow
 NATIVE := $(shell $(CXX) -march=native -x c++ -fsyntax-only /dev/null 2>/dev/null && echo -march=native)
-OPT = -O2 -g $(NATIVE)
+OPT = -O2 -g1 $(NATIVE)
 ifdef SANITIZE
   B = build/sanitize
   OPT = -O1 -g $(NATIVE) -fsanitize=address,undefined -fno-sanitize-recover=undefined
