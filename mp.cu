@@ -266,7 +266,7 @@ void forward(Mlp& net, int l) {
   Epilogue bias_and_f;
   bias_and_f.bias = &layer.b;
   bias_and_f.relu = net.relu && l < net.L;
-  gemm_tiled(Layout::ABt, a_before, layer.W, a, bias_and_f);
+  gemm(Layout::ABt, a_before, layer.W, a, bias_and_f);
   //}
 }
 
@@ -306,7 +306,7 @@ void backward(Mlp& net, int l) {
   //{ E4 backward
   Epilogue times_f_prime;
   if (net.relu) times_f_prime.mask = &before.a;
-  gemm_tiled(Layout::AB, delta, layer.W, delta_before, times_f_prime);
+  gemm(Layout::AB, delta, layer.W, delta_before, times_f_prime);
   //}
 }
 
@@ -325,7 +325,7 @@ void weight_gradient(Mlp& net, int l) {
   const Layer& layer = net.layer[l];
   const Tensor delta = first_rows(layer.delta, net.rows), a_before = first_rows(net.layer[l - 1].a, net.rows);
   //{ E5 weight gradient
-  gemm_tiled(Layout::AtB, delta, a_before, layer.dW);  // the sum over the batch is the product's own
+  gemm(Layout::AtB, delta, a_before, layer.dW);  // the sum over the batch is the product's own
   with_type(layer.type, [&](auto zero) {
     using T = decltype(zero);
     launch(column_sums_kernel<T>, unsigned(delta.stride / 8 + 31) / 32, 32, matrix<T>(delta), layer.db.as<T>());
@@ -471,6 +471,17 @@ void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
     with_layout(layout,
                 [&](auto known) { launch(gemm_tiled_kernel<known.value, decltype(zero)>, grid, tiled_threads, p); });
   });
+}
+
+// The rung that training climbs to.
+void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue) {
+  static const std::string rung = [] {
+    const char* wanted = std::getenv("MP_GEMM");
+    const std::string name = wanted ? wanted : "";
+    if (wanted && name != "naive" && name != "tiled") fail("MP_GEMM=%s: must be naive or tiled", wanted);
+    return name;
+  }();
+  rung == "naive" ? gemm_naive(layout, A, B, C, epilogue) : gemm_tiled(layout, A, B, C, epilogue);
 }
 
 // ==== 3.1 Loss scaling ===============================================================================================
@@ -726,6 +737,16 @@ Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update)
   net.y = make_tensor(batch, sizes.back(), Type::fp32);
   net.row_loss = make_tensor(1, batch, Type::fp32), net.log_sum_exp = make_tensor(1, batch, Type::fp32);
   return net;
+}
+Footprint footprint(const Mlp& net) {
+  Footprint bytes;
+  const auto size = [](const Tensor& t) { return t.memory ? t.bytes() : 0; };
+  for (const Layer& layer : net.layer) {
+    if (layer.master.memory != layer.weights.memory) bytes.master += size(layer.master);
+    bytes.weights += size(layer.weights), bytes.compensation += size(layer.compensation);
+    bytes.activations += size(layer.a), bytes.gradients += size(layer.delta) + size(layer.gradients);
+  }
+  return bytes;
 }
 // The parameters as they are kept: the master, or the weights where there is none
 static const Tensor& kept(const Layer& layer) { return layer.master.memory ? layer.master : layer.weights; }
@@ -1068,26 +1089,10 @@ struct HeaderReader {  // of the JSON that can stand there: objects, strings, li
     if (at == end || uint8_t(*at) < ' ') refuse("an unfinished string");
     return *at++;
   }
-  uint32_t utf16() {  // the four digits after \u
-    const char digits[] = {take(), take(), take(), take()};
-    uint32_t code = 0;
-    if (std::from_chars(digits, digits + 4, code, 16).ptr != digits + 4) refuse("no four digits after \\u");
-    return code;
-  }
-  void escape(std::string& text) {  // appends what the characters after a backslash mean
-    const char c = take();
-    const size_t simple = std::string_view("\"\\/bfnrt").find(c);
-    if (simple != std::string_view::npos) return text.push_back("\"\\/\b\f\n\r\t"[simple]);
-    uint32_t code = c == 'u' ? utf16() : (refuse("an unknown escape"), 0);
-    if (code >> 11 == 0x1b) {  // the first of two that make one character
-      const uint32_t low = code >> 10 == 0x36 && take() == '\\' && take() == 'u' ? utf16() : 0;
-      if (low >> 10 != 0x37) refuse("half a character");
-      code = 0x10000 + ((code & 1023) << 10 | (low & 1023));
-    }
-    static const uint32_t first[] = {0, 0xc0, 0xe0, 0xf0};  // of UTF-8; then six bits in each byte
-    int more = (code > 0x7f) + (code > 0x7ff) + (code > 0xffff);
-    text += char(first[more] | code >> 6 * more);
-    while (more-- > 0) text += char(0x80 | (code >> 6 * more & 63));
+  void escape(std::string& text) {  // appends what the character after a backslash means
+    const size_t simple = std::string_view("\"\\/bfnrt").find(take());
+    if (simple == std::string_view::npos) refuse("an unknown escape");  // \u: no writer of tensors needs it
+    text.push_back("\"\\/\b\f\n\r\t"[simple]);
   }
   std::string string() {
     std::string text;
@@ -1182,7 +1187,7 @@ static std::string quoted(const std::string& text) {
   std::string json = "\"";
   for (const char c : text) {
     char code[8];
-    snprintf(code, sizeof code, c == '"' || c == '\\' ? "\\%c" : (uint8_t(c) < ' ' ? "\\u%04x" : "%c"), c);
+    snprintf(code, sizeof code, c == '"' || c == '\\' ? "\\%c" : "%c", c);
     json += code;
   }
   return json + "\"";

@@ -70,6 +70,9 @@ struct Epilogue {                // what happens to a sum before it is rounded, 
 void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
 void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
 
+// The best of them for the machine and the type, which training uses; MP_GEMM=naive|tiled in the environment overrides.
+void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
+
 // ---- The network (article 4.1): a^0 the input, then for each layer z = a W^T + b, a = f(z) ------------------------
 enum class Loss { cross_entropy, squared_error };
 enum class Update { master, half, kahan, stochastic };  // article 3.1 and 3.2 step 5; paper 3.1; arXiv 2010.06192
@@ -97,6 +100,10 @@ struct Mlp {
   Tensor log_sum_exp;  // [1, batch] fp32: log sum exp(z), kept by E1 for E3
 };
 Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update);  // fails on a size below 1
+struct Footprint {  // bytes of device memory, padding included; activations: every a; gradients: every delta, dW, db
+  size_t weights = 0, master = 0, compensation = 0, activations = 0, gradients = 0;
+};
+Footprint footprint(const Mlp& net);
 Tensor kept_W(const Layer& layer);  // views of the parameters as training keeps them: of the master if there is one
 Tensor kept_b(const Layer& layer);
 void set_parameters(Layer& layer, const std::vector<float>& W, const std::vector<float>& b);  // and their compute copy
