@@ -96,7 +96,7 @@ template <class T> __device__ T round_to(float x);
 template <> __device__ __forceinline__ float round_to(float x) { return x; }
 template <> __device__ __forceinline__ half round_to(float x) { return machine_half(x); }
 template <> __device__ __forceinline__ bfloat16 round_to(float x) { return float_to_bfloat16(x); }
-template <class T, int n> struct alignas(n == 8 ? 16 : sizeof(T)) Group { T v[n]; };
+template <class T, int n> struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Group { T v[n]; };
 template <class T, int n> __device__ __forceinline__ void load(const T* p, float (&x)[n]) {
   const Group<T, n> group = *(const Group<T, n>*)p;
   UNROLL for (int j = 0; j < n; j++) x[j] = to_float(group.v[j]);
@@ -337,12 +337,15 @@ void weight_gradient(Mlp& net, int l) {
 struct Operands {  // what a kernel needs to know of one product
   const void *A, *B, *bias, *mask;
   void* C;
+  float* parts;  // [splits, M, stride_c] where K is shared out to blocks: their sums, for add_parts_kernel; else none
   int stride_a, stride_b, stride_c, stride_mask, M, N, K;
+  int K_part;  // of K for a block: those from blockIdx.z * K_part on
   bool relu;
 };
 // The end of every product: bias, ReLU or the mask of its derivative, on n neighbouring results of one row.
 template <class T, int n> __device__ __forceinline__ void finish(const Operands& p, int row, int col, float (&c)[n]) {
   float x[n];
+  if (p.parts) return store(p.parts + (size_t(blockIdx.z) * p.M + row) * p.stride_c + col, c);
   if (p.bias) {
     load((const T*)p.bias + col, x);
     UNROLL for (int j = 0; j < n; j++) c[j] += x[j];
@@ -373,55 +376,67 @@ template <Layout layout, class T> __global__ void gemm_naive_kernel(Operands p) 
   finish<T>(p, m, n, c);
 }
 
-// Rung 2: a block computes a tile of BM x BN results. It brings the operands BK at a time into shared memory, as floats,
-// where each is read BM or BN times instead of from far away; a thread keeps 8 rows of WIDES * WIDE results in registers.
-// load_floats: rows x cols numbers from g on, transposed if asked. What does not exist is left as it is, for it reaches
-// only results that do not exist either; a last group of 8 in a row is filled up with zeros.
+// Rung 2: a block computes a tile of BM x BN results. It brings the operands BK at a time into shared memory, as floats
+// and with k first, where each is read BM or BN times instead of from far away; a thread keeps 8 rows of WIDES * WIDE
+// results in registers. load_floats: rows x cols numbers from g on, [cols][rows] if transposed. A piece beyond the
+// operand's edge is left as it is, for it reaches only results that do not exist either; one across it gets zeros.
 template <bool transposed, int rows, int cols, int threads, class T>
 __device__ __forceinline__ void load_floats(float* tile, const T* g, int stride, int rows_left, int cols_left) {
-  const int thread = threadIdx.x;  // neighbours read neighbouring groups of 8 or, transposed, write neighbouring floats
-  const int first_row = transposed ? thread % rows : thread / (cols / 8);
-  const int first_col = 8 * (transposed ? thread / rows : thread % (cols / 8));
-  constexpr int row_step = transposed ? (threads < rows ? threads : rows) : threads / (cols / 8);
-  constexpr int col_step = transposed ? 8 * (threads < rows ? 1 : threads / rows) : cols;
-  for (int c = first_col; c < cols && c < cols_left; c += col_step)
-    for (int r = first_row; r < rows && r < rows_left; r += row_step) {
-      const T* from = g + size_t(r) * stride + c;
-      float x[8] = {};
-      if (c + 8 <= cols_left) load(from, x);
-      else
-        for (int j = 0; c + j < cols_left; j++) x[j] = to_float(from[j]);
-      if (!transposed) store(tile + r * cols + c, x);
-      else UNROLL for (int j = 0; j < 8; j++) tile[(c + j) * rows + r] = x[j];
+  constexpr int tall = transposed ? load_rows : 1, wide = transposed ? 8 : load_cols;
+  constexpr int pieces = rows / tall * (cols / wide), each = pieces / threads;
+  static_assert(pieces % threads == 0, "every thread loads as much");
+  const int thread = threadIdx.x;
+  for (int n = 0; n < each; n++) {
+    const int i = load_in_runs ? thread * each + n : n * threads + thread;
+    const int r = i / (cols / wide) * tall, c0 = i % (cols / wide) * wide;
+    if (r >= rows_left || c0 >= cols_left) continue;
+    const T* from = g + size_t(r) * stride + c0;
+    if (r + tall > rows_left || c0 + wide > cols_left) {
+      for (int j = 0; j < tall; j++)
+        for (int c = c0; c < c0 + wide; c++)
+          tile[transposed ? c * rows + r + j : r * cols + c] =
+              r + j < rows_left && c < cols_left ? to_float(from[size_t(j) * stride + c - c0]) : 0;
+      continue;
     }
+    UNROLL for (int c = 0; c < wide; c += 8) {
+      float x[tall][8];
+      UNROLL for (int j = 0; j < tall; j++) load(from + size_t(j) * stride + c, x[j]);
+      if constexpr (transposed) {
+        float(&y)[8][tall] = transpose(x);
+        UNROLL for (int j = 0; j < 8; j++) store(tile + (c0 + c + j) * rows + r, y[j]);
+      } else {
+        store(tile + r * cols + c0 + c, x[0]);
+      }
+    }
+  }
 }
-constexpr int BM = 64, BN = 64, BK = 64, tiled_threads = BM / 8 * (BN / (WIDES * WIDE));
-template <Layout layout, class T> __global__ void __launch_bounds__(tiled_threads) gemm_tiled_kernel(Operands p) {
-  constexpr bool a_across = layout == Layout::AtB;
-  constexpr int a_row = a_across ? 1 : BK, a_k = a_across ? BM : 1;  // A's tile lies as A does; B's is [k][n] always
-  alignas(64) __shared__ float a_tile[BM * BK], b_tile[BK * BN];
+template <Layout layout, class T, int BM, int BN, int BK>
+__global__ void __launch_bounds__(BM / 8 * (BN / (WIDES * WIDE))) gemm_tiled_kernel(Operands p) {
+  constexpr int threads = BM / 8 * (BN / (WIDES * WIDE));
+  alignas(64) __shared__ float a_tile[BK * BM], b_tile[BK * BN];
   poison_shared(a_tile), poison_shared(b_tile);
-  const int thread = threadIdx.x, m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, M = p.M - m0, N = p.N - n0;
+  const int thread = threadIdx.x, m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, k0 = blockIdx.z * p.K_part;
   const int m = thread % (BM / 8) * 8, n = thread / (BM / 8) * WIDES * WIDE;  // this thread's results, in the tile
-  const T* A = (const T*)p.A + (a_across ? m0 : size_t(m0) * p.stride_a);
-  const T* B = (const T*)p.B + (layout == Layout::ABt ? size_t(n0) * p.stride_b : n0);
+  const int M = p.M - m0, N = p.N - n0;                                       // rows and columns from the tile on
+  const T* A = (const T*)p.A + (layout == Layout::AtB ? size_t(k0) * p.stride_a + m0 : size_t(m0) * p.stride_a + k0);
+  const T* B = (const T*)p.B + (layout == Layout::ABt ? size_t(n0) * p.stride_b + k0 : size_t(k0) * p.stride_b + n0);
   Wide sum[8][WIDES] = {};
-  for (int K = p.K; K > 0; K -= BK) {  // numbers left to sum over
+  for (int K = p.K - k0 < p.K_part ? p.K - k0 : p.K_part; K > 0; K -= BK) {  // numbers left to sum over
     //{ gemm_tiled
-    if (a_across) load_floats<false, BK, BM, tiled_threads>(a_tile, A, p.stride_a, K, M);
-    else load_floats<false, BM, BK, tiled_threads>(a_tile, A, p.stride_a, M, K);
-    if (layout == Layout::ABt) load_floats<true, BN, BK, tiled_threads>(b_tile, B, p.stride_b, N, K);
-    else load_floats<false, BK, BN, tiled_threads>(b_tile, B, p.stride_b, K, N);
+    if (layout == Layout::AtB) load_floats<false, BK, BM, threads>(a_tile, A, p.stride_a, K, M);
+    else load_floats<true, BM, BK, threads>(a_tile, A, p.stride_a, M, K);
+    if (layout == Layout::ABt) load_floats<true, BN, BK, threads>(b_tile, B, p.stride_b, N, K);
+    else load_floats<false, BK, BN, threads>(b_tile, B, p.stride_b, K, N);
     __syncthreads();  // the tiles are whole
-    const float *a = a_tile + m * a_row, *b = b_tile + n;
-    for (int k = m < M && n < N ? 0 : BK; k < BK && k < K; k++, a += a_k, b += BN) {
+    const float *a = a_tile + m, *b = b_tile + n;
+    for (int k = m < M && n < N ? 0 : BK; k < BK && k < K; k++, a += BM, b += BN) {
       Wide row[WIDES];
       UNROLL for (int w = 0; w < WIDES; w++) row[w] = ((const Wide*)b)[w];
       UNROLL for (int i = 0; i < 8; i++) UNROLL for (int w = 0; w < WIDES; w++)
-          add_product(sum[i][w], a[i * a_row], row[w]);
+          add_product(sum[i][w], ((const Group<float, 8>*)a)->v[i], row[w]);
     }
     __syncthreads();  // nobody reads them any more
-    A += a_across ? size_t(BK) * p.stride_a : BK;
+    A += layout == Layout::AtB ? size_t(BK) * p.stride_a : BK;
     B += layout == Layout::ABt ? BK : size_t(BK) * p.stride_b;
     //}
   }
@@ -430,6 +445,103 @@ template <Layout layout, class T> __global__ void __launch_bounds__(tiled_thread
     UNROLL for (int e = 0; e < 8; e++) c[e] = element(sum[i][j / WIDE], j % WIDE + e);
     if (m + i < M && n + j < N) finish<T>(p, m0 + m + i, n0 + n + j, c);
   }
+}
+
+// Rung 3: tensor cores. A warp multiplies 16x16 by 16x8 numbers in one instruction, its operands spread over the lanes'
+// registers by another, ldmatrix, from shared memory. Copies to there run ahead of the products by stages - 1 steps.
+// A tile is panels of 64 x 64 numbers in rows of 128 bytes, eight chunks of 16 bytes each. Chunk c of row r lies at
+// place c ^ (r % 8): so the same chunk of eight rows, which ldmatrix reads at once, comes from eight groups of banks.
+constexpr int mma_threads = 128;
+__device__ __forceinline__ int place(int row, int chunk) { return row * 64 + (chunk ^ (row & 7)) * 8; }
+
+// rows x 64 numbers from g on. along: k runs along the stored rows, as in A of A B^T; else it counts them.
+template <bool along, int rows, class T>
+__device__ __forceinline__ void load_tile(T* tile, const T* g, int stride, int rows_left, int K) {
+  UNROLL for (int i = threadIdx.x; i < rows * 8; i += mma_threads) {
+    const int panel = i / 512 * 64, r = i / 8 % 64, chunk = i % 8;
+    const int y = along ? panel + r : r, x = (along ? 0 : panel) + chunk * 8;
+    const int left = y < (along ? rows_left : K) ? (along ? K : rows_left) - x : 0;  // numbers that exist from here on
+    const int bytes = left >= 8 ? 16 : left > 0 ? left * 2 : 0;
+    copy_16_bytes_async(tile + panel * 64 + place(r, chunk), bytes ? g + size_t(y) * stride + x : g, bytes);
+  }
+}
+// 16 x 16 numbers at (row, k) as four 8x8 matrices: the one that lanes 8 i to 8 i + 7 name lies at (8 dr, 8 dk) in them
+template <bool along, class T>
+__device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const T* tile, int row, int k, int dr, int dk) {
+  const int j = threadIdx.x % 8, panel = row / 64 * 64;
+  row = row % 64 + dr * 8, k += dk * 8;
+  ldmatrix_x4<!along>(r, tile + panel * 64 + (along ? place(row + j, k / 8) : place(k + j, row / 8)));
+}
+// Four warps, two by two; each computes BM/2 x BN/2 results in pieces of 16 x 8.
+template <Layout layout, class T, int BM, int BN, int stages> __global__ void __launch_bounds__(mma_threads)
+    gemm_mma_kernel(Operands p) {
+  constexpr bool a_along = layout != Layout::AtB, b_along = layout == Layout::ABt;
+  constexpr int MS = BM / 32, NS = BN / 32;  // squares of 16 x 16 in a warp's part
+  alignas(128) __shared__ T tiles[stages][(BM + BN) * 64];
+  poison_shared(tiles);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp / 2 * (BM / 2), wn = warp % 2 * (BN / 2);
+  const int m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, k0 = blockIdx.z * p.K_part, M = p.M - m0, N = p.N - n0;
+  const int K = p.K - k0 < p.K_part ? p.K - k0 : p.K_part, steps = (K + 63) / 64;
+  const T* A = (const T*)p.A + (a_along ? size_t(m0) * p.stride_a + k0 : size_t(k0) * p.stride_a + m0);
+  const T* B = (const T*)p.B + (b_along ? size_t(n0) * p.stride_b + k0 : size_t(k0) * p.stride_b + n0);
+  const auto load_step = [&](int step) {
+    T* tile = tiles[step % stages];
+    const size_t k = size_t(step) * 64;
+    if (step < steps) {
+      load_tile<a_along, BM>(tile, A + (a_along ? k : k * p.stride_a), p.stride_a, M, K - step * 64);
+      load_tile<b_along, BN>(tile + BM * 64, B + (b_along ? k : k * p.stride_b), p.stride_b, N, K - step * 64);
+    }
+    copy_commit();
+  };
+  float d[MS][2 * NS][4] = {};
+  for (int step = 0; step < stages - 1; step++) load_step(step);
+  for (int step = 0; step < steps; step++) {
+    copy_wait<stages - 2>();  // this thread's copies of this step have arrived,
+    __syncthreads();          // everyone's have, and nobody reads the tile that is loaded next
+    load_step(step + stages - 1);
+    const T *a_tile = tiles[step % stages], *b_tile = a_tile + BM * 64;
+    //{ gemm_mma
+    UNROLL for (int k = 0; k < 64; k += 16) {
+      uint32_t a[MS][4], b[NS][4];
+      UNROLL for (int m = 0; m < MS; m++) load_fragment<a_along>(a[m], a_tile, wm + m * 16, k, lane / 8 % 2, lane / 16);
+      UNROLL for (int n = 0; n < NS; n++) load_fragment<b_along>(b[n], b_tile, wn + n * 16, k, lane / 16, lane / 8 % 2);
+      UNROLL for (int m = 0; m < MS; m++) UNROLL for (int n = 0; n < 2 * NS; n++)
+          mma_16x8x16<T>(d[m][n], a[m], b[n / 2] + n % 2 * 2);
+    }
+    //}
+  }
+  UNROLL for (int m = 0; m < MS; m++) UNROLL for (int n = 0; n < 2 * NS; n++) UNROLL for (int i = 0; i < 4; i += 2) {
+    const int row = wm + m * 16 + lane / 4 + i * 4, col = wn + n * 8 + lane % 4 * 2;
+    float c[2] = {d[m][n][i], d[m][n][i + 1]};
+    if (row < M && col < N) finish<T>(p, m0 + row, n0 + col, c);
+  }
+}
+
+// Where a product has too few tiles to fill a GPU, blocks share its K; then their sums are added in a fixed order.
+template <class T> __global__ void add_parts_kernel(Operands p, int splits) {
+  const float* parts = p.parts;
+  p.parts = nullptr;
+  const Share share = my_share(p.M * p.stride_c);
+  for (int i = share.begin; i < share.end; i += share.step) {
+    float sum[8] = {}, x[8];
+    for (int z = 0; z < splits; z++) {
+      load(parts + size_t(z) * p.M * p.stride_c + i, x);
+      UNROLL for (int j = 0; j < 8; j++) sum[j] += x[j];
+    }
+    finish<T>(p, i / p.stride_c, i % p.stride_c, sum);
+  }
+}
+static float* room_for_parts(size_t count);
+template <class T>
+static void launch_split(void (*kernel)(Operands), Operands p, int BM, int BN, int BK, int threads, int splits) {
+  dim3 grid(unsigned(p.N + BN - 1) / BN, unsigned(p.M + BM - 1) / BM);
+  const int steps = (p.K + BK - 1) / BK, busy = multiprocessors() / int(grid.x * grid.y);
+  if (splits < 1) splits = std::min(busy, steps / 2);
+  p.K_part = (steps + std::max(splits, 1) - 1) / std::max(splits, 1) * BK;
+  grid.z = unsigned(p.K + p.K_part - 1) / p.K_part;
+  if (grid.z > 1) p.parts = room_for_parts(size_t(grid.z) * p.M * p.stride_c);
+  launch(kernel, grid, threads, p);
+  if (grid.z > 1) launch_elements(add_parts_kernel<T>, p.M * p.stride_c, p, int(grid.z));
 }
 
 static Operands operands(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
@@ -446,7 +558,7 @@ static Operands operands(Layout layout, const Tensor& A, const Tensor& B, const 
   Operands p = {};
   p.A = A.memory.get(), p.B = B.memory.get(), p.C = C.memory.get();
   p.stride_a = A.stride, p.stride_b = B.stride, p.stride_c = C.stride;
-  p.M = C.rows, p.N = C.cols, p.K = K, p.relu = e.relu;
+  p.M = C.rows, p.N = C.cols, p.K = p.K_part = K, p.relu = e.relu;
   if (e.bias) p.bias = e.bias->memory.get();
   if (e.mask) p.mask = e.mask->memory.get(), p.stride_mask = e.mask->stride;
   return p;
@@ -464,24 +576,52 @@ void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
     with_layout(layout, [&](auto known) { launch(gemm_naive_kernel<known.value, decltype(zero)>, grid, block, p); });
   });
 }
-void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue) {
+void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue,
+                int splits) {
   const Operands p = operands(layout, A, B, C, epilogue);
-  const dim3 grid(unsigned(p.N + BN - 1) / BN, unsigned(p.M + BM - 1) / BM);
+  const bool large = int64_t(p.M) * p.N >= int64_t(multiprocessors()) * LARGE * LARGE;
   with_type(C.type, [&](auto zero) {
-    with_layout(layout,
-                [&](auto known) { launch(gemm_tiled_kernel<known.value, decltype(zero)>, grid, tiled_threads, p); });
+    with_layout(layout, [&](auto known) {
+      using T = decltype(zero);
+      constexpr int per_thread = 8 * WIDES * WIDE;
+      if (large)
+        launch_split<T>(gemm_tiled_kernel<known.value, T, LARGE, LARGE, DEPTH>, p, LARGE, LARGE, DEPTH,
+                        LARGE * LARGE / per_thread, splits);
+      else
+        launch_split<T>(gemm_tiled_kernel<known.value, T, SMALL, SMALL, DEPTH>, p, SMALL, SMALL, DEPTH,
+                        SMALL * SMALL / per_thread, splits);
+    });
   });
 }
-
+bool tensor_cores(Type type) {
+  return compute_capability() >= (type == Type::fp16 ? 75 : type == Type::bf16 ? 80 : INT_MAX);
+}
+void gemm_mma(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue, int splits) {
+  const Operands p = operands(layout, A, B, C, epilogue);
+  if (!tensor_cores(C.type)) fail("tensor cores multiply fp16 from sm_75 on, bf16 from sm_80 on; gemm_tiled all types");
+  const bool large = int64_t(p.M) * p.N >= int64_t(multiprocessors()) * 128 * 64;
+  const auto multiply = [&](auto zero) {
+    with_layout(layout, [&](auto known) {
+      using T = decltype(zero);
+      if (large) launch_split<T>(gemm_mma_kernel<known.value, T, 128, 64, 2>, p, 128, 64, 64, mma_threads, splits);
+      else launch_split<T>(gemm_mma_kernel<known.value, T, 64, 64, 3>, p, 64, 64, 64, mma_threads, splits);
+    });
+  };
+  C.type == Type::fp16 ? multiply(half{}) : multiply(bfloat16{});
+}
 // The rung that training climbs to.
 void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue) {
   static const std::string rung = [] {
     const char* wanted = std::getenv("MP_GEMM");
     const std::string name = wanted ? wanted : "";
-    if (wanted && name != "naive" && name != "tiled") fail("MP_GEMM=%s: must be naive or tiled", wanted);
+    if (wanted && name != "naive" && name != "tiled" && name != "mma")
+      fail("MP_GEMM=%s: must be naive, tiled or mma", wanted);
     return name;
   }();
-  rung == "naive" ? gemm_naive(layout, A, B, C, epilogue) : gemm_tiled(layout, A, B, C, epilogue);
+  if (rung == "naive") gemm_naive(layout, A, B, C, epilogue);
+  else if (tensor_cores(C.type) && (rung == "mma" || (rung.empty() && real_tensor_cores)))
+    gemm_mma(layout, A, B, C, epilogue);
+  else gemm_tiled(layout, A, B, C, epilogue);
 }
 
 // ==== 3.1 Loss scaling ===============================================================================================
@@ -662,6 +802,13 @@ template <class T> static std::shared_ptr<T> on_device(const std::vector<T>& val
   return memory;
 }
 
+// For the sums of launch_split(): as much as the largest product has asked for
+static float* room_for_parts(size_t count) {
+  static std::shared_ptr<float> room;
+  static size_t size = 0;
+  if (count > size) room = device_array<float>(count), size = count;
+  return room.get();
+}
 static int padded(int cols) { return (cols + 7) / 8 * 8; }
 Tensor make_tensor(int rows, int cols, Type type) {
   if (rows < 1 || cols < 1 || (int64_t(cols) + 7) * rows > 1 << 30)  // kernels index with ints
@@ -1511,6 +1658,7 @@ struct Run {
   Batch batch;
   std::shared_ptr<uint8_t> pixels, labels;  // of the training images, on the device
   std::shared_ptr<int> order;
+  Graph graph;          // of a step
   int steps = 0;        // of an epoch; a last, partial batch is left out
   int fetched = 0;      // of this epoch: those whose losses are here
   double loss_sum = 0;  // of those
@@ -1628,7 +1776,7 @@ static void show_progress(const Run& run, int done, double since) {
          run.steps, seconds() - since);
   fflush(stdout);
 }
-// An epoch, or what is left of it after --resume. The host looks at the device only now and then.
+// An epoch, or what is left of it after --resume. The host does not wait for a GPU before its end.
 static void train_epoch(Run& run) {
   Training& t = run.t;
   const std::vector<int> order = order_of_epoch(run.o, t.epoch, run.data.train.count);
@@ -1638,8 +1786,8 @@ static void train_epoch(Run& run) {
   run.fetched = first, run.loss_sum = 0;
   const double start = seconds();
   for (int step = first; step < run.steps && !stop_signal; step++) {
-    train_step(t.net, run.batch, run.scaler, run.o.lr);
-    if (step % 32 == 31) fetch(run);
+    replay(run.graph, [&] { train_step(t.net, run.batch, run.scaler, run.o.lr); });
+    if (launches_wait && step % 32 == 31) fetch(run);  // a GPU would have to be waited for
     show_progress(run, step + 1, start);
   }
   fetch(run);

@@ -1,5 +1,6 @@
 // mp.h: the words that mp.cu and tests.cpp share (part 1), and enough of CUDA to run kernels without a GPU (part 2).
 #pragma once
+#include <climits>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -7,6 +8,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #if !defined(__CUDACC__)  // a plain C++ compiler reads past CUDA's marks
@@ -68,9 +70,14 @@ struct Epilogue {                // what happens to a sum before it is rounded, 
 };
 // All operands of one type; any size from 1 up; C's padding may be written. They fail when the shapes do not fit.
 void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
-void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
-
-// The best of them for the machine and the type, which training uses; MP_GEMM=naive|tiled in the environment overrides.
+// K is shared out to `splits` blocks, whose sums are added in a fixed order; 0: as many as keep the machine busy.
+void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {},
+                int splits = 0);
+// Tensor cores: fp16 from sm_75 on, bf16 from sm_80 on; on a CPU their instructions are imitated. Else it fails.
+void gemm_mma(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {},
+              int splits = 0);
+bool tensor_cores(Type type);  // are there any for it?
+// The best of them for machine and type, which training uses; MP_GEMM=naive|tiled|mma in the environment overrides.
 void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
 
 // ---- The network (article 4.1): a^0 the input, then for each layer z = a W^T + b, a = f(z) ------------------------
@@ -188,6 +195,9 @@ void write_safetensors(const std::string& path, const SafeTensors& file);
 #define UNROLL _Pragma("unroll")
 constexpr int row_threads = 64, element_threads = 256, elements_per_block = 2048;
 constexpr int WIDE = 8, WIDES = 1;  // a thread of gemm_tiled holds 8 rows of WIDES * WIDE results in registers
+constexpr int LARGE = 128, SMALL = 64, DEPTH = 16;  // its tiles: LARGE^2 results where they fill the chip, DEPTH of K
+constexpr int load_rows = 1, load_cols = 8;         // what a thread loads at once,
+constexpr bool load_in_runs = false;                // its neighbours what lies beside it
 struct alignas(16) Wide {
   float v[WIDE];
 };
@@ -205,9 +215,102 @@ __device__ __forceinline__ half machine_half(float x) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
   return h;
 }
+typedef float Row[1][8], Column[8][1];
+__device__ __forceinline__ Column& transpose(Row& x) { return reinterpret_cast<Column&>(x); }
 template <class T> __device__ __forceinline__ void poison_shared(T&) {}  // a GPU's shared memory holds anything anyway
+
+// What gemm_mma is made of (PTX manual, 'Warp-level matrix instructions' and 'cp.async'); lane = 4 g + t.
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+// clang-format off
+// Four 8x8 matrices of 16-bit numbers: lane 8 i + j brings the address of row j of matrix i, 16 bytes; r[i] becomes its
+// elements (g, 2t) and (g, 2t + 1), or those of its transpose.
+template <bool transposed> __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+#define LDMATRIX(trans) asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];" \
+    : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory")
+  if (transposed) LDMATRIX(".trans");
+  else LDMATRIX("");
+}
+// d (16x8, fp32) += a (16x16) b (16x8): a[i] holds rows g + 8 (i % 2), columns 2t + 8 (i / 2) and the next one; b[i] rows
+// 2t + 8 i and the next one, column g; d[i] row g + 8 (i / 2), column 2t + i % 2.
+template <class T>
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
+#define MMA(shape, type, a_b, ...) \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, " a_b ", {%0,%1,%2,%3};" \
+    : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : __VA_ARGS__)
+#if __CUDA_ARCH__ >= 800
+#define ALL "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])
+  if (std::is_same<T, half>::value) MMA("m16n8k16", "f16", "{%4,%5,%6,%7}, {%8,%9}", ALL);
+  else MMA("m16n8k16", "bf16", "{%4,%5,%6,%7}, {%8,%9}", ALL);
+#else  // Turing: two halves of k, and fp16 alone
+  if (!std::is_same<T, half>::value) __trap();
+  for (int k = 0; k < 2; k++) MMA("m16n8k8", "f16", "{%4,%5}, {%6}", "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
+#endif
+}
+// clang-format on
+// 16 bytes from global to shared memory, of which the first `bytes` are read and the others become 0. They have arrived
+// when copy_wait<n>() returns and at most the n newest commits are still under way; Turing copies at once.
+__device__ __forceinline__ void copy_16_bytes_async(void* to, const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+#else
+  uint16_t* const number = static_cast<uint16_t*>(to);
+  const uint4 v = bytes ? *static_cast<const uint4*>(from) : uint4{};  // rows are padded: all 16 may be read
+  *static_cast<uint4*>(to) = v;
+  for (int i = bytes / 2; i < 8; i++) number[i] = 0;
+#endif
+}
+__device__ __forceinline__ void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int n> __device__ __forceinline__ void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+#endif
+}
+
+inline int device_attribute(cudaDeviceAttr what) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device), cudaDeviceGetAttribute(&value, what, device);
+  return value;
+}
+constexpr bool real_tensor_cores = true, launches_wait = false;  // launch() returns before the kernel has run
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int compute_capability() {  // 75 for sm_75
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+inline cudaStream_t stream() {  // one, for only a stream of one's own can be captured; copies wait for it
+  static const cudaStream_t s = [] {
+    cudaStream_t made = nullptr;
+    if (cudaStreamCreate(&made) != cudaSuccess) fail("no CUDA stream: %s", cudaGetErrorString(cudaGetLastError()));
+    return made;
+  }();
+  return s;
+}
+// A step launched again and again: plainly the first time, then recorded, and from then on replayed as a whole.
+struct Graph {
+  bool warm = false;
+  cudaGraphExec_t recorded = nullptr;
+};
+template <class F> void replay(Graph& graph, F step) {
+  const auto must = [](cudaError_t error) {
+    if (error != cudaSuccess) fail("the training step cannot be recorded or replayed: %s", cudaGetErrorString(error));
+  };
+  if (!graph.warm) return graph.warm = true, step();  // what it allocates must be there before the recording
+  if (!graph.recorded) {
+    cudaGraph_t nodes;
+    must(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeGlobal));
+    step();
+    must(cudaStreamEndCapture(stream(), &nodes));
+    must(cudaGraphInstantiateWithFlags(&graph.recorded, nodes, 0));
+    must(cudaGraphDestroy(nodes));
+  }
+  must(cudaGraphLaunch(graph.recorded, stream()));
+}
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
-  kernel<<<grid, block>>>(args...);
+  kernel<<<grid, block, 0, stream()>>>(args...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) fail("a kernel did not start: %s", cudaGetErrorString(error));
 }
@@ -298,12 +401,45 @@ constexpr int WIDE = 16, WIDES = 2;  // 16 of the 32 vector registers hold sums
 #else
 constexpr int WIDE = 8, WIDES = 1;
 #endif
+constexpr int LARGE = 64, SMALL = 64, DEPTH = 64;  // tiles of gemm_tiled: two of 16 KB fill a core's nearest cache
+constexpr int load_rows = 8, load_cols = 64;       // what a thread loads at once,
+constexpr bool load_in_runs = true;                // and then what lies beside it
 typedef float Wide __attribute__((vector_size(4 * WIDE), may_alias));
 __forceinline__ void add_product(Wide& sum, float a, const Wide& b) { sum += a * b; }
 __forceinline__ float element(const Wide& x, int j) { return x[j]; }
 
 typedef uint32_t Bits_8 __attribute__((vector_size(32), may_alias));
 typedef uint16_t Short_8 __attribute__((vector_size(16), may_alias));
+typedef float Float_8 __attribute__((vector_size(32), may_alias));
+__forceinline__ void load(const float* p, float (&x)[8]) { std::memcpy(x, p, 32); }
+__forceinline__ void store(float* p, const float (&x)[8]) { std::memcpy(p, x, 32); }
+template <int... from> __forceinline__ Float_8 pick(Float_8 a, Float_8 b) {  // elements 0..7 of a, 8..15 of b
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, from...);
+#else
+  return __builtin_shuffle(a, b, Bits_8{from...});
+#endif
+}
+typedef float Square[8][8];
+__forceinline__ Square& transpose(Square& x) {  // rows 4, 2, 1 apart exchange their halves
+  Float_8 r[8];
+  std::memcpy(r, x, sizeof r);
+  UNROLL for (int i = 0; i < 4; i++) {
+    const Float_8 a = r[i], b = r[i + 4];
+    r[i] = pick<0, 1, 2, 3, 8, 9, 10, 11>(a, b), r[i + 4] = pick<4, 5, 6, 7, 12, 13, 14, 15>(a, b);
+  }
+  UNROLL for (int i = 0; i < 8; i++) {
+    if (i & 2) continue;
+    const Float_8 a = r[i], b = r[i + 2];
+    r[i] = pick<0, 1, 8, 9, 4, 5, 12, 13>(a, b), r[i + 2] = pick<2, 3, 10, 11, 6, 7, 14, 15>(a, b);
+  }
+  UNROLL for (int i = 0; i < 8; i += 2) {
+    const Float_8 a = r[i], b = r[i + 1];
+    r[i] = pick<0, 8, 2, 10, 4, 12, 6, 14>(a, b), r[i + 1] = pick<1, 9, 3, 11, 5, 13, 7, 15>(a, b);
+  }
+  std::memcpy(x, r, sizeof r);
+  return x;
+}
 __forceinline__ void load(const bfloat16* p, float (&x)[8]) {
   const Bits_8 bits = __builtin_convertvector(*(const Short_8*)p, Bits_8) << 16;
   std::memcpy(x, &bits, 32);
@@ -402,11 +538,17 @@ struct Barrier {
   unsigned mask = 0;
   const char* what = nullptr;
 };
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, commit;
+};
 struct Thread {
   uint3 index;
   Fiber* fiber;
   Barrier* at;
-  int passed;
+  int passed, commits;
+  std::vector<Copy> copies;  // under way
 };
 struct Warp {
   Barrier barrier[32];  // one for each mask that lanes wait with
@@ -447,9 +589,9 @@ inline Fiber* ready_fiber() {  // of the next thread that need not wait any more
 inline Fiber* new_fiber(Block& b) {
   b.fibers.push_back(std::make_unique<Fiber>());
   Fiber& f = *b.fibers.back();
-  f.memory.reset(new char[stack_bytes + 2048]);
-  const uintptr_t start = ((uintptr_t)f.memory.get() + 63) & ~(uintptr_t)63;
-  f.bottom = (void*)(start + b.fibers.size() % 16 * 64);  // staggered, or the busiest lines would share a cache set
+  f.memory.reset(new char[stack_bytes + 8192]);
+  const uintptr_t start = ((uintptr_t)f.memory.get() + 4095) & ~(uintptr_t)4095;
+  f.bottom = (void*)(start + b.fibers.size() % 4 * 1088);  // staggered, or the busiest lines would share a cache set
   (void)VALGRIND_STACK_REGISTER(f.bottom, (char*)f.bottom + stack_bytes);
   return &f;
 }
@@ -497,7 +639,7 @@ inline void fiber_main() {  // runs threads one after another; a thread that wai
     while (b.begun < b.size) {
       b.me = b.queue[b.begun++];
       Thread& t = b.thread[b.me];
-      t.fiber = self, threadIdx = t.index;
+      t.fiber = self, threadIdx = t.index, t.commits = 0, t.copies.clear();
       b.body(b.kernel);
       b.alive--;
       if (b.all.arrived && b.all.arrived == b.alive) b.all.arrived = 0, b.all.passed++;  // nobody else can come
@@ -663,6 +805,66 @@ template <class T> T __shfl_down_sync(unsigned mask, T v, int n) {
   const int lane = cpu::lane_id();
   return cpu::exchange(mask, v, lane + n < 32 ? lane + n : lane, "__shfl_down_sync");
 }
+// What gemm_mma is made of; the GPU's half of this file says what each does.
+template <bool transposed> void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  struct Lane {
+    uint32_t* r;
+    const uint16_t* row;
+  } mine{r, static_cast<const uint16_t*>(row)};
+  if (uintptr_t(row) % 16) cpu::die("ldmatrix: the address is no multiple of 16 bytes");
+  cpu::together(~0u, mine, "ldmatrix", [](Lane** lane, unsigned) {
+    for (int l = 0; l < 32; l++)
+      for (int i = 0; i < 4; i++)
+        for (int odd = 0, g = l / 4, t = l % 4 * 2; odd < 2; odd++) {
+          const uint16_t bits = transposed ? lane[8 * i + t + odd]->row[g] : lane[8 * i + g]->row[t + odd];
+          std::memcpy((char*)&lane[l]->r[i] + 2 * odd, &bits, 2);
+        }
+  });
+}
+template <class T> void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
+  struct Lane {
+    float* d;
+    const uint32_t *a, *b;
+  } mine{d, a, b};
+  cpu::together(~0u, mine, "mma", [](Lane** lane, unsigned) {
+    float A[16][16], B[16][8];
+    const auto number = [](uint32_t bits) {
+      return std::is_same<T, half>::value ? machine_float(half{uint16_t(bits)})
+                                          : bfloat16_to_float(bfloat16{uint16_t(bits)});
+    };
+    for (int l = 0; l < 32; l++)
+      for (int odd = 0, g = l / 4, t = l % 4 * 2; odd < 2; odd++) {
+        for (int i = 0; i < 4; i++) A[g + i % 2 * 8][t + odd + i / 2 * 8] = number(lane[l]->a[i] >> 16 * odd);
+        for (int i = 0; i < 2; i++) B[t + odd + i * 8][g] = number(lane[l]->b[i] >> 16 * odd);
+      }
+    for (int l = 0; l < 32; l++)
+      for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) lane[l]->d[i] += A[l / 4 + i / 2 * 8][k] * B[k][l % 4 * 2 + i % 2];
+  });
+}
+// As late as the rules allow: until its wait the target holds NaN, and the source is read only then.
+inline void copy_16_bytes_async(void* to, const void* from, int bytes) {
+  if ((uintptr_t(to) | uintptr_t(from)) % 16 || bytes < 0 || bytes > 16)
+    cpu::die("copy_16_bytes_async: an address is no multiple of 16 bytes, or the count is wrong");
+  cpu::Thread& t = cpu::now->thread[cpu::now->me];
+  std::memset(to, 0xff, 16);
+  t.copies.push_back({to, from, bytes, t.commits});
+}
+inline void copy_commit() { cpu::now->thread[cpu::now->me].commits++; }
+template <int n> void copy_wait() {
+  cpu::Thread& t = cpu::now->thread[cpu::now->me];
+  size_t done = 0;
+  for (; done < t.copies.size() && t.copies[done].commit < t.commits - n; done++) {
+    const cpu::Copy& c = t.copies[done];
+    std::memcpy(c.to, c.from, c.bytes), std::memset((char*)c.to + c.bytes, 0, 16 - c.bytes);
+  }
+  t.copies.erase(t.copies.begin(), t.copies.begin() + done);
+}
+inline int multiprocessors() { return 1; }  // a product is not split for a CPU's few cores
+constexpr bool real_tensor_cores = false, launches_wait = true;
+inline int compute_capability() { return 80; }  // of the instructions imitated above
+struct Graph {};
+template <class F> void replay(Graph&, F step) { step(); }  // a launch costs next to nothing here
 inline int atomicOr(int* p, int v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
   auto body = [&] { kernel(args...); };

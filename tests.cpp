@@ -936,7 +936,7 @@ TEST_SUITE("E5") {
 }
 
 // ==== The matrix products ============================================================================================
-using Gemm = void (*)(Layout, const Tensor&, const Tensor&, const Tensor&, const Epilogue&);
+using Gemm = std::function<void(Layout, const Tensor&, const Tensor&, const Tensor&, const Epilogue&)>;
 struct Shape {
   int M, N, K;
 };
@@ -948,7 +948,7 @@ static Tensor operand(const Matrix& m, Type type, bool across = false) {  // NaN
   return put(t, laid, NAN), first_rows(t, laid.rows);
 }
 // A[M, K] B[N, K]^T by all three layouts
-static void check_product(Gemm gemm, const Matrix& A, const Matrix& B, Type type, int options = 0) {
+static void check_product(const Gemm& gemm, const Matrix& A, const Matrix& B, Type type, int options = 0) {
   const int M = A.rows, N = B.rows, K = A.cols;
   const bool bias = options & 1, relu = options & 2, mask = options & 4;
   Random random{5};
@@ -982,27 +982,28 @@ static void check_product(Gemm gemm, const Matrix& A, const Matrix& B, Type type
     CHECK(rows_below_untouched);
   }
 }
-static void check_products(Gemm gemm) {
+static void check_products(const Gemm& gemm, const std::vector<Type>& of_types = types) {
   const std::vector<Shape> shapes = {{1, 1, 1},      {5, 3, 1},      {1, 8, 10},    {8, 1, 17},    {16, 16, 16},
                                      {17, 33, 65},   {64, 64, 64},   {64, 10, 128}, {64, 128, 10}, {10, 128, 64},
                                      {130, 129, 10}, {130, 10, 129}, {65, 66, 130}, {1, 1, 1000},  {3, 130, 7},
                                      {200, 72, 333}, {64, 128, 784}, {128, 784, 64}};
   Random random{20};
   for (auto [M, N, K] : shapes)
-    for (Type type : types) {
+    for (Type type : of_types) {
       const Matrix A = rounded(random_matrix(random, M, K, 1), type), B = rounded(random_matrix(random, N, K, 1), type);
       check_product(gemm, A, B, type);
       for (int options = 1; options < 8 && M * N * K < 100000; options++) check_product(gemm, A, B, type, options);
     }
 }
 static void check_not_finite(
-    Gemm gemm) {  // NaN and infinity reach their row's results, through ReLU too, and no others
+    const Gemm& gemm, const std::vector<Type>& of_types =
+                          types) {  // NaN and infinity reach their row's results, through ReLU too, and no others
   Matrix A(20, 40, 1), B(30, 40, 1);
   A(3, 5) = NAN, A(7, 39) = infinite, B(29, 0) = -1;
-  for (Type type : types)
+  for (Type type : of_types)
     for (int options : {0, 1, 2}) check_product(gemm, A, B, type, options);
 }
-static void check_orders(Gemm gemm) {
+static void check_orders(const Gemm& gemm) {
   Random random{21};
   for (auto [M, N, K] : {Shape{17, 33, 65}, {130, 72, 200}, {70, 130, 16}, {70, 10, 130}, {10, 70, 130}})
     for (size_t i = 0; i < layouts.size(); i++) {
@@ -1016,7 +1017,7 @@ static void check_orders(Gemm gemm) {
       });
     }
 }
-static void check_refusals(Gemm gemm) {
+static void check_refusals(const Gemm& gemm) {
   const Tensor A = make_tensor(4, 6, Type::fp16), B = make_tensor(5, 6, Type::fp16), C = make_tensor(4, 5, Type::fp16);
   const Tensor bias = make_tensor(1, 4, Type::fp16);
   Epilogue wrong_bias, wrong_mask;
@@ -1037,11 +1038,42 @@ TEST_SUITE("gemm_naive") {
   TEST_CASE("the order of the threads does not matter") { check_orders(gemm_naive); }
   TEST_CASE("operands that do not fit are refused") { check_refusals(gemm_naive); }
 }
+static Gemm with_splits(decltype(&gemm_tiled) gemm, int splits) {
+  return [=](Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue) {
+    gemm(layout, A, B, C, epilogue, splits);
+  };
+}
 TEST_SUITE("gemm_tiled") {
-  TEST_CASE("three layouts, three types, any size, with bias, ReLU and mask") { check_products(gemm_tiled); }
-  TEST_CASE("NaN and infinity stay") { check_not_finite(gemm_tiled); }
-  TEST_CASE("the order of the threads does not matter") { check_orders(gemm_tiled); }
-  TEST_CASE("operands that do not fit are refused") { check_refusals(gemm_tiled); }
+  TEST_CASE("three layouts, three types, any size, with bias, ReLU and mask") {
+    check_products(with_splits(gemm_tiled, 0));
+  }
+  TEST_CASE("K shared out to several blocks") { check_products(with_splits(gemm_tiled, 3)); }
+  TEST_CASE("NaN and infinity stay") { check_not_finite(with_splits(gemm_tiled, 0)); }
+  TEST_CASE("the order of the threads does not matter") {
+    for (int splits : {1, 3}) check_orders(with_splits(gemm_tiled, splits));
+  }
+  TEST_CASE("operands that do not fit are refused") { check_refusals(with_splits(gemm_tiled, 0)); }
+}
+TEST_SUITE("gemm_mma") {
+  static std::vector<Type> mma_types() {
+    std::vector<Type> there;
+    for (Type type : types_16)
+      if (tensor_cores(type)) there.push_back(type);
+    return there;
+  }
+  TEST_CASE("three layouts, both 16-bit types, any size, with bias, ReLU and mask") {
+    check_products(with_splits(gemm_mma, 0), mma_types());
+  }
+  TEST_CASE("K shared out to several blocks") { check_products(with_splits(gemm_mma, 3), mma_types()); }
+  TEST_CASE("NaN and infinity stay") { check_not_finite(with_splits(gemm_mma, 0), mma_types()); }
+  TEST_CASE("the order of the threads does not matter" * doctest::skip(!tensor_cores(Type::fp16))) {
+    for (int splits : {1, 3}) check_orders(with_splits(gemm_mma, splits));
+  }
+  TEST_CASE("operands that do not fit are refused, and fp32" * doctest::skip(!tensor_cores(Type::fp16))) {
+    check_refusals(with_splits(gemm_mma, 0));
+    const Tensor A = make_tensor(4, 4, Type::fp32), C = make_tensor(4, 4, Type::fp32);
+    CHECK_THROWS_AS(gemm_mma(Layout::AB, A, A, C), Error);
+  }
 }
 
 // ==== 3.1 Loss scaling ===============================================================================================
@@ -1479,7 +1511,96 @@ static std::string last_words(void (*kernel)(), cpu::Order order = cpu::forward)
   return words + (WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT ? "aborted" : status ? "?" : "went on");
 }
 
+// The instructions of tensor cores, one warp; their layouts are the PTX manual's, which numbers a fragment's elements i.
+static void ldmatrix_kernel(const uint16_t* rows, bool transposed, uint32_t* out) {
+  alignas(16) static thread_local uint16_t tile[32 * 8];
+  const int lane = int(threadIdx.x);
+  std::memcpy(tile + 8 * lane, rows + 8 * lane, 16);
+  __syncwarp();
+  uint32_t r[4];
+  transposed ? ldmatrix_x4<true>(r, tile + 8 * lane) : ldmatrix_x4<false>(r, tile + 8 * lane);
+  std::memcpy(out + 4 * lane, r, 16);
+}
+template <class T> static void mma_kernel(const T* a, const T* b, float* d) {
+  const int lane = int(threadIdx.x);
+  uint32_t a_fragment[4], b_fragment[2];
+  float d_fragment[4];
+  std::memcpy(a_fragment, a + 8 * lane, 16), std::memcpy(b_fragment, b + 4 * lane, 8);
+  std::memcpy(d_fragment, d + 4 * lane, 16);
+  mma_16x8x16<T>(d_fragment, a_fragment, b_fragment);
+  std::memcpy(d + 4 * lane, d_fragment, 16);
+}
+static void late_copy_kernel(const float* from, float* seen) {  // [6]: after each stage of two copies
+  alignas(16) static thread_local float to[8];
+  copy_16_bytes_async(to, from, 16), copy_commit();
+  copy_16_bytes_async(to + 4, from + 4, 6), copy_commit();
+  seen[0] = to[0], seen[1] = to[4];
+  copy_wait<1>();
+  seen[2] = to[3], seen[3] = to[4];
+  copy_wait<0>();
+  std::memcpy(seen + 4, to + 4, 16);
+}
+static void misaligned_kernel() {
+  alignas(16) static thread_local float to[8];
+  copy_16_bytes_async(to, to + 1, 16);
+}
+
 TEST_SUITE("cuda_on_a_cpu") {
+  TEST_CASE("ldmatrix: lane 4 g + t gets elements (g, 2t) and (g, 2t + 1) of each matrix, or of its transpose") {
+    std::vector<uint16_t> rows(256);
+    for (size_t i = 0; i < rows.size(); i++) rows[i] = uint16_t(i * 251);
+    for (bool transposed : {false, true}) {
+      std::vector<uint32_t> out(128);
+      launch(ldmatrix_kernel, 1, 32, rows.data(), transposed, out.data());
+      for (size_t lane = 0; lane < 32; lane++)
+        for (size_t i = 0; i < 4; i++)
+          for (size_t e = 0, g = lane / 4, t = 2 * (lane % 4); e < 2; e++)
+            CHECK(uint16_t(out[4 * lane + i] >> 16 * e) ==
+                  rows[64 * i + (transposed ? 8 * (t + e) + g : 8 * g + t + e)]);
+    }
+  }
+  TEST_CASE_TEMPLATE("mma: d += a b, by the PTX manual's fragments", T, half, bfloat16) {
+    const Type type = std::is_same<T, half>::value ? Type::fp16 : Type::bf16;
+    Random random{30};
+    const Matrix A = rounded(random_matrix(random, 16, 16, 1), type),
+                 B = rounded(random_matrix(random, 16, 8, 1), type);
+    const Matrix C = rounded(random_matrix(random, 16, 8, 1), type), want = A * B;
+    const auto number = [](double x) {
+      if constexpr (std::is_same<T, half>::value) return float_to_half(float(x));
+      else return float_to_bfloat16(float(x));
+    };
+    std::vector<T> a, b;
+    std::vector<float> d;
+    const auto d_row = [](int lane, int i) { return lane / 4 + (i < 2 ? 0 : 8); };
+    const auto d_col = [](int lane, int i) { return lane % 4 * 2 + (i & 1); };
+    for (int lane = 0; lane < 32; lane++) {
+      const int group = lane >> 2, in_group = lane % 4;
+      for (int i = 0; i < 8; i++)
+        a.push_back(
+            number(A((i < 2 || (i >= 4 && i < 6)) ? group : group + 8, in_group * 2 + (i & 1) + (i < 4 ? 0 : 8))));
+      for (int i = 0; i < 4; i++) b.push_back(number(B(in_group * 2 + (i & 1) + (i < 2 ? 0 : 8), group)));
+      for (int i = 0; i < 4; i++) d.push_back(float(C(d_row(lane, i), d_col(lane, i))));
+    }
+    launch(mma_kernel<T>, 1, 32, a.data(), b.data(), d.data());
+    for (int lane = 0; lane < 32; lane++)
+      for (int i = 0; i < 4; i++) {
+        const int row = d_row(lane, i), col = d_col(lane, i);
+        // products of 11-bit numbers are exact in fp32; 16 additions of sums below 16 x 4 x 4 round by half a step each
+        CHECK(std::fabs(d[size_t(4 * lane + i)] - (want(row, col) + C(row, col))) <= 16 * 256 * std::ldexp(1., -24));
+      }
+  }
+  TEST_CASE("a copy lands at its wait, not before, and what it does not read is 0") {
+    alignas(16) float from[8] = {1, 2, 3, 4, 5, 6, 7, 8}, seen[8] = {};
+    launch(late_copy_kernel, 1, 1, (const float*)from, (float*)seen);
+    CHECK((std::isnan(seen[0]) && std::isnan(seen[1])));
+    CHECK((seen[2] == 4 && std::isnan(seen[3])));
+    uint32_t second;
+    std::memcpy(&second, seen + 5, 4);
+    uint32_t six;
+    std::memcpy(&six, from + 5, 4);
+    CHECK((seen[4] == 5 && second == (six & 0xffff) && seen[6] == 0 && seen[7] == 0));
+    CHECK(last_words(misaligned_kernel).find("multiple of 16 bytes") != std::string::npos);
+  }
   TEST_CASE("a barrier makes every order of threads the same, and its absence shows") {
     using Kernel = void (*)(const int*, int*);
     for (int threads : {2, 31, 32, 33, 100, 128}) {
