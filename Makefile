@@ -2,7 +2,8 @@
 # make run        learns the digits in data/;  make run ARGS="--precision fp32" passes options on
 # make test       runs all tests;  make test SANITIZE=1 under AddressSanitizer and UBSan
 # make mnist      downloads MNIST into build/mnist;  make digits draws data/ again
-# make cuda-check compiles for every GPU this nvcc knows, GPU or not;  make format;  make clean
+# make cuda-check compiles for every GPU this nvcc knows, GPU or not;  make gpu tests and measures on one;  make format
+# make clean
 # BACKEND=cpu|cuda forces one;  PORTABLE=1 takes the portable fibers;  CXX=clang++ another compiler
 BACKEND ?= $(if $(and $(shell command -v nvcc),$(shell nvidia-smi -L 2>/dev/null)),cuda,cpu)
 ARGS =
@@ -28,11 +29,11 @@ ifeq ($(BACKEND),cuda)
     $(error no GPU answers nvidia-smi: make BACKEND=cpu, or name the GPU to build for, as in make BACKEND=cuda ARCH=75)
   endif
   COMPILE = nvcc -x cu -std=c++17 -O3 -arch=sm_$(ARCH) -DMP_CUDA -Xcompiler=-Wall,-Wextra,-Wshadow
-  LINK = nvcc -arch=sm_$(ARCH)
+  LINK = nvcc -arch=sm_$(ARCH) -lcublas
   FLAGS += -DMP_CUDA
 endif
 
-.PHONY: all run test mnist digits cuda-check format clean FORCE
+.PHONY: all run test mnist digits cuda-check gpu format clean FORCE
 all: $(B)/mp
 	@echo "built $(B)/mp ($(BACKEND)). Next: make run, make test, build/mp --help; walkthrough.md tells the story"
 run: $(B)/mp
@@ -101,8 +102,15 @@ cuda-check: | packages
 	  $$(for a in 75 80 90a 100 120; do nvcc -x cu -arch=sm_$$a -cubin -o build/cuda/known /dev/null 2>/dev/null && \
 	  echo "-gencode arch=compute_$$a,code=sm_$$a"; done) -c mp.cu -o build/cuda/mp.o
 	$(CXX) -std=c++17 $(WARN) -Werror -O1 -DMP_CUDA -c tests.cpp -o build/cuda/tests.o
-	nvcc build/cuda/tests.o build/cuda/mp.o -o build/cuda/tests
-	nvcc build/cuda/mp.o -o build/cuda/mp
+	nvcc build/cuda/tests.o build/cuda/mp.o -lcublas -o build/cuda/tests
+	nvcc build/cuda/mp.o -lcublas -o build/cuda/mp
+# What only a machine with a GPU can show, in some ten minutes: tests, memory errors, races, rates.
+gpu:
+	$(MAKE) BACKEND=cuda test
+	for tool in memcheck racecheck synccheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  build/tests -ts="E*,gemm*,train_step,unscale*,loss*,update*,stochastic*" || exit 1; done
+	build/mp bench
+	for p in fp32 fp16 bf16; do build/mp train --epochs 3 --precision $$p || exit 1; done
 format:
 	clang-format -i mp.h mp.cu tests.cpp data/digits.cpp
 clean:

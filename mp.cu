@@ -26,10 +26,16 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <set>
 #include <string_view>
 
 #include "mp.h"
+#if defined(__CUDACC__)  // for mp bench
+#define CUDA_NO_HALF     // their half is not ours
+#define CUDA_NO_BFLOAT16
+#include <cublas_v2.h>
+#endif
 
 // ==== 2.1 Number formats: a float rounded to 16 bits, and back =======================================================
 __host__ __device__ inline uint32_t bits_of(float x) {
@@ -1592,6 +1598,9 @@ static void on_signal(int number_) { stop_signal = number_; }
 static double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
+static std::string bar(double share, int width) {  // a row of blocks for 0 to 1
+  return std::string(size_t(std::max(0.0, std::min(1.0, share)) * width + 0.5), '#');
+}
 static std::string describe(const Options& o) {
   std::string text = machine() + " · " + joined(o.layers, "-") + " · " + type_names[int(o.precision)];
   if (o.precision != Type::fp32)
@@ -1851,11 +1860,172 @@ static int test(Options o) {
   return 0;
 }
 
+// ==== How fast: the ladder and the training step =====================================================================
+struct Seconds {  // of one call; several runs
+  double least, median, most;
+};
+template <class F> static Seconds time_of(int calls, F work) {  // a run is `calls` calls; 0: for about 20 ms
+  std::vector<double> runs;
+  const auto run = [&](int n) {
+    CHECK(cudaDeviceSynchronize());
+    const double start = seconds();
+    for (int i = 0; i < n; i++) work();
+    CHECK(cudaDeviceSynchronize());
+    return (seconds() - start) / n;
+  };
+  double once = run(1);
+  if (once < 1) once = run(1);  // warm
+  const double begin = seconds();
+  if (calls == 0) calls = std::max(1, std::min(1000, int(0.02 / once)));
+  while (runs.size() < 3 || (runs.size() < 9 && seconds() - begin < 2)) runs.push_back(run(calls));
+  std::sort(runs.begin(), runs.end());
+  return {runs.front(), runs[runs.size() / 2], runs.back()};
+}
+// What the machine could do: multiply-adds on numbers that never leave the registers
+__global__ void peak_kernel(float x, int rounds, float* out) {
+  Wide sum[8][WIDES], row = *(const Wide*)out;
+  for (int i = 0; i < 8; i++)  // unlike each other, and x changes, lest a compiler compute one for all
+    for (int w = 0; w < WIDES; w++) sum[i][w] = ((const Wide*)out)[i * WIDES + w];
+  for (int n = 0; n < rounds; n++, x += 1) {
+    UNROLL for (int i = 0; i < 8; i++) UNROLL for (int w = 0; w < WIDES; w++) add_product(sum[i][w], x, row);
+  }
+  for (int i = 0; i < 8; i++)
+    for (int w = 0; w < WIDES; w++) out[blockIdx.x * blockDim.x + threadIdx.x] += element(sum[i][w], i);
+}
+static double peak_flops() {
+  const int blocks = 64 * multiprocessors(), rounds = 20000;
+  const auto out = device_array<float>(size_t(blocks) * element_threads + 8 * WIDES * WIDE);
+  const Seconds s = time_of(0, [&] { launch(peak_kernel, unsigned(blocks), element_threads, 1.f, rounds, out.get()); });
+  return 2.0 * 8 * WIDES * WIDE * rounds * blocks * element_threads / s.median;
+}
+
+using Product = std::function<void(Layout, const Tensor&, const Tensor&, const Tensor&)>;
+#if defined(__CUDACC__)  // NVIDIA's own products, a yardstick that training never uses, exist on its GPUs alone
+static void cublas(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C) {
+  static cublasHandle_t handle = nullptr;
+  const auto must = [](cublasStatus_t status) {
+    if (status != CUBLAS_STATUS_SUCCESS) fail("cuBLAS failed with status %d", int(status));
+  };
+  if (!handle) must(cublasCreate(&handle)), must(cublasSetStream(handle, stream()));
+  const cudaDataType type = C.type == Type::fp32 ? CUDA_R_32F : C.type == Type::fp16 ? CUDA_R_16F : CUDA_R_16BF;
+  const float one = 1, zero = 0;  // its matrices go down the columns: C^T = B^T A^T
+  must(cublasGemmEx(handle, layout == Layout::ABt ? CUBLAS_OP_T : CUBLAS_OP_N,
+                    layout == Layout::AtB ? CUBLAS_OP_T : CUBLAS_OP_N, C.cols, C.rows,
+                    layout == Layout::AtB ? A.rows : A.cols, &one, B.memory.get(), type, B.stride, A.memory.get(), type,
+                    A.stride, &zero, C.memory.get(), type, C.stride, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+static const Product yardstick = cublas;
+#else
+static const Product yardstick;
+#endif
+static Tensor random_tensor(int rows, int cols, Type type) {
+  std::vector<float> values(size_t(rows) * cols);
+  for (size_t i = 0; i < values.size(); i++) values[i] = float(uniform(1, i)) - 0.5f;
+  const Tensor t = make_tensor(rows, cols, type);
+  return to_device(values, t), t;
+}
+// A product by every rung: rate, share of the peak and of cuBLAS
+static void bench_product(Layout layout, int M, int N, int K, Type type, double peak, bool csv) {
+  static const char* const formulas[] = {"A B^T", "A B", "A^T B"};
+  static std::map<std::string, double> rate_before;  // of a smaller product by the same rung and type
+  const Tensor A = layout == Layout::AtB ? random_tensor(K, M, type) : random_tensor(M, K, type);
+  const Tensor B = layout == Layout::ABt ? random_tensor(N, K, type) : random_tensor(K, N, type);
+  const Tensor C = make_tensor(M, N, type);
+  const std::pair<const char*, Product> rungs[] = {
+      {"cuBLAS", yardstick},
+      {"naive", [](auto l, auto& a, auto& b, auto& c) { gemm_naive(l, a, b, c); }},
+      {"tiled", [](auto l, auto& a, auto& b, auto& c) { gemm_tiled(l, a, b, c); }},
+      {"mma", [](auto l, auto& a, auto& b, auto& c) { gemm_mma(l, a, b, c); }}};
+  const double flops = 2.0 * M * N * K;
+  double of_cublas = 0, full = peak;
+  if (!csv) printf("\n%s, %s, M N K = %d %d %d\n", formulas[int(layout)], type_names[int(type)].c_str(), M, N, K);
+  for (const auto& [name, product] : rungs) {
+    double& before = rate_before[name + type_names[int(type)]];
+    if (!product || (!strcmp(name, "mma") && !tensor_cores(type)) || (before > 0 && flops / before > 0.5))
+      continue;  // too slow here
+    const Seconds s = time_of(0, [&] { product(layout, A, B, C); });
+    const double rate = before = flops / s.median;
+    if (!strcmp(name, "cuBLAS")) of_cublas = full = rate;
+    if (csv) {
+      printf("product,%s,%d,%d,%d,%s,%s,%.9g,%.9g,%.9g,%.6g\n", formulas[int(layout)], M, N, K,
+             type_names[int(type)].c_str(), name, s.median, s.least, s.most, rate);
+      continue;
+    }
+    printf("  %-6s %9.1f GFLOP/s (%.1f to %.1f) %6.1f%% of the peak", name, rate * 1e-9, flops / s.most * 1e-9,
+           flops / s.least * 1e-9, 100 * rate / peak);
+    if (of_cublas > 0) printf(" %6.1f%% of cuBLAS", 100 * rate / of_cublas);
+    printf("  %s\n", bar(rate / full, 30).c_str());
+    fflush(stdout);
+  }
+}
+// Training steps on random images: microseconds, images a second, bytes
+static void bench_step(const std::vector<int>& sizes, int batch, bool csv) {
+  const int steps = batch < 1000 ? 100 : 1;  // in a run
+  Seconds time[2];
+  Footprint bytes[2];
+  for (const Type type : {Type::fp32, Type::fp16}) {
+    Mlp net = make_mlp(sizes, batch, type, Update::master);
+    initialise(net);
+    LossScaler scaler(type == Type::fp32 ? 1.f : 65536.f);
+    std::vector<uint8_t> images(size_t(steps) * batch * sizes[0]), classes(size_t(steps) * batch);
+    for (size_t i = 0; i < images.size(); i++) images[i] = uint8_t(random_bits(2, i));
+    for (size_t i = 0; i < classes.size(); i++) classes[i] = uint8_t(random_bits(3, i) % sizes.back());
+    const auto pixels = on_device(images), labels = on_device(classes);
+    Batch data;
+    data.pixels = pixels.get(), data.labels = labels.get(), data.rows = batch;
+    Graph graph;
+    int done = 0;
+    Seconds& s = time[type == Type::fp16];
+    s = time_of(steps, [&] {
+      if (done++ % steps == 0) scaler.write(StepState{scaler.read().scale});  // back to the first image
+      replay(graph, [&] { train_step(net, data, scaler, 0.01f); });
+    });
+    const Footprint b = bytes[type == Type::fp16] = footprint(net);
+    const std::string layers = joined(sizes, "-");
+    if (csv)
+      printf("step,%s,%d,,,%s,,%.9g,%.9g,%.9g,%.6g\n", layers.c_str(), batch, type_names[int(type)].c_str(), s.median,
+             s.least, s.most, batch / s.median);
+    else
+      printf("%-19s %5d  %s %10.0f (%.0f to %.0f) %10.0f %9.2f %7.2f %11.2f %9.2f\n", layers.c_str(), batch,
+             type_names[int(type)].c_str(), s.median * 1e6, s.least * 1e6, s.most * 1e6, batch / s.median,
+             double(b.weights) / 1048576, double(b.master) / 1048576, double(b.activations) / 1048576,
+             double(b.gradients) / 1048576);
+    fflush(stdout);
+  }
+  if (!csv)
+    printf("%26s fp32 is %.2f times the time of fp16; bytes of activations and gradients fp16 to fp32 %.2f\n", "",
+           time[0].median / time[1].median,
+           double(bytes[1].activations + bytes[1].gradients) / double(bytes[0].activations + bytes[0].gradients));
+}
+static int bench(bool csv) {
+  const double peak = peak_flops();
+  if (csv) printf("what,layout or layers,M or batch,N,K,type,rung,median s,least s,most s,FLOP/s or images/s\n");
+  else printf("%s\npeak of fp32 multiply-adds, measured: %.1f GFLOP/s\n", machine().c_str(), peak * 1e-9);
+  struct Shape {
+    Layout layout;
+    int M, N, K;
+  };
+  std::vector<Shape> shapes = {{Layout::ABt, 64, 128, 784}, {Layout::AB, 64, 784, 128}, {Layout::AtB, 128, 784, 64}};
+  for (int n : {1024, 4096, 8192})
+    for (Layout layout : {Layout::ABt, Layout::AB, Layout::AtB})
+      if (n == 1024 || yardstick) shapes.push_back({layout, n, n, n});  // a CPU would need minutes for more
+  for (const Shape& s : shapes)
+    for (Type type : {Type::fp32, Type::fp16, Type::bf16}) bench_product(s.layout, s.M, s.N, s.K, type, peak, csv);
+  if (!csv)
+    printf(
+        "\na training step      batch  type  microseconds  images/s  MiB: weights  master  activations  gradients\n");
+  bench_step({784, 128, 10}, 64, csv);
+  bench_step({784, 8192, 10}, 8192, csv);
+  bench_step({4096, 4096, 4096, 10}, 4096, csv);
+  return 0;
+}
+
 // ==== The command line ===============================================================================================
 static const char usage_text[] =
     "usage: mp train [OPTION...]            learn digits, a row of figures an epoch\n"
     "       mp test MODEL [--data DIR]      what a saved model gets right, and what it takes for what\n"
     "       mp article                      the article's 1-5-1 network, as written and with ReLU\n"
+    "       mp bench [--csv]                the matrix products and the training step: how fast, how large\n"
     "       mp --help, mp train --help      every option with its default\n";
 static void print_help() {
   printf("mp trains a multi-layer perceptron in mixed precision.\n\n%s\noptions of train:\n", usage_text);
@@ -1901,8 +2071,11 @@ static int run_command(const std::vector<std::string>& words) {
     return train(o);
   }
   if (command == "article" && words.size() == 1) return article();
+  if (command == "bench" && (words.size() == 1 || (words.size() == 2 && words[1] == "--csv")))
+    return bench(words.size() == 2);
   misuse(command.empty()        ? "no command"
          : command == "article" ? "article takes no options"
+         : command == "bench"   ? "bench takes no option but --csv"
                                 : "unknown command '" + command + "'");
 }
 // Weak, so that the tests, which have a main of their own, can be linked with this file.

@@ -2312,6 +2312,21 @@ TEST_SUITE("training") {
     const auto rows = table_of(fixed);
     CHECK((rows.size() == 3 && skipped > 50 && rows[2][SKIPPED] == skipped));
   }
+  TEST_CASE("MP_GEMM picks a rung of the ladder, and every rung learns the same") {
+    const Workplace w;
+    std::vector<double> losses;
+    for (const string rung : {"naive", "tiled", "mma"})
+      for (const string precision : {"fp32", "fp16"}) {
+        check_success(w.train("--log log --save " + rung + precision + " --precision " + precision, "MP_GEMM=" + rung));
+        const string log = w.get("log");
+        losses.push_back(std::stod(log.substr(log.find(',', log.rfind("\n59,") + 4) + 1)));
+      }
+    // after 60 steps sums added up in other orders, or 11-bit numbers, have parted by no more than this
+    for (double loss : losses) CHECK(std::fabs(loss - losses[0]) <= 60 * 0x1p-11 * losses[0]);
+    CHECK(w.get("mmafp32") == w.get("tiledfp32"));  // there are no tensor cores for fp32
+    check_refused(w.train("", "MP_GEMM=cublas"), {"MP_GEMM=cublas: must be naive, tiled or mma"});
+    check_refused(w.run("bench --fast"), {"bench takes no option but --csv"}, 2);
+  }
   TEST_CASE("the article's network: a line as it stands, a parabola with ReLU") {
     const Outcome o = Workplace().run("article");
     check_success(o);
