@@ -27,6 +27,7 @@
 #include <filesystem>
 #include <fstream>
 #include <set>
+#include <sstream>
 #include <string_view>
 
 #include "mp.h"
@@ -258,10 +259,33 @@ void loss(Mlp& net, LossScaler& scaler) {
 // ==== 4.2.1 E2: forward, z = a W^T + b, a = f(z) =====================================================================
 // The article's z = W a for a batch of rows, with the bias and the activation that it leaves out. z itself is not kept:
 // it is the argument of f alone, and ReLU's derivative can be read off a.
+// Where a layer's type is not that of the one before (--precision auto), what passes between them is converted.
+template <class From, class To> __global__ void convert_kernel(const From* from, To* to, int n) {
+  const Share share = my_share(n);
+  for (int i = share.begin; i < share.end; i += share.step) {
+    float x[8];
+    load(from + i, x);
+    store(to + i, x);
+  }
+}
+static void convert(const Tensor& from, const Tensor& to) {  // of one shape
+  const int n = from.rows * from.stride;
+  with_type(from.type, [&](auto x) {
+    with_type(to.type, [&](auto y) {
+      using From = decltype(x);
+      using To = decltype(y);
+      launch_elements(convert_kernel<From, To>, n, from.as<From>(), to.as<To>(), n);
+    });
+  });
+}
+// a of the layer before, in this layer's type
+static const Tensor& input_of(const Mlp& net, int l) {
+  return net.layer[l].input.memory ? net.layer[l].input : net.layer[l - 1].a;
+}
 void forward(Mlp& net, int l) {
-  const Tensor a_before = first_rows(net.layer[l - 1].a, net.rows);
-  const Tensor a = first_rows(net.layer[l].a, net.rows);
   const Layer& layer = net.layer[l];
+  if (layer.input.memory) convert(net.layer[l - 1].a, layer.input);
+  const Tensor a_before = first_rows(input_of(net, l), net.rows), a = first_rows(layer.a, net.rows);
   //{ E2 forward
   Epilogue bias_and_f;
   bias_and_f.bias = &layer.b;
@@ -302,12 +326,20 @@ void output_delta(Mlp& net, const LossScaler& scaler) {
 // ReLU: f' is 1 where a is above 0, else 0.
 void backward(Mlp& net, int l) {
   const Layer &layer = net.layer[l], &before = net.layer[l - 1];
-  const Tensor delta = first_rows(layer.delta, net.rows), delta_before = first_rows(before.delta, net.rows);
+  Tensor delta = first_rows(layer.delta, net.rows), delta_before = first_rows(before.delta, net.rows);
+  Tensor W = layer.W, a_before = before.a;
+  if (layer.type != before.type) {  // a border: the product in fp32, so that a layer in fp32 is given no less
+    const Tensor wide = first_rows(layer.wide_delta, net.rows);
+    W = kept_W(layer);
+    if (before.type == Type::fp32) convert(delta, wide), delta = wide;
+    else a_before = layer.input, delta_before = wide;
+  }
   //{ E4 backward
   Epilogue times_f_prime;
-  if (net.relu) times_f_prime.mask = &before.a;
-  gemm(Layout::AB, delta, layer.W, delta_before, times_f_prime);
+  if (net.relu) times_f_prime.mask = &a_before;
+  gemm(Layout::AB, delta, W, delta_before, times_f_prime);
   //}
+  if (delta_before.type != before.type) convert(delta_before, first_rows(before.delta, net.rows));
 }
 
 // ==== 4.2.3 E5: the weight gradient, dW = delta^T a, db = column sums of delta =======================================
@@ -323,7 +355,7 @@ template <class T> __global__ void column_sums_kernel(Matrix<T> delta, T* db) {
 }
 void weight_gradient(Mlp& net, int l) {
   const Layer& layer = net.layer[l];
-  const Tensor delta = first_rows(layer.delta, net.rows), a_before = first_rows(net.layer[l - 1].a, net.rows);
+  const Tensor delta = first_rows(layer.delta, net.rows), a_before = first_rows(input_of(net, l), net.rows);
   //{ E5 weight gradient
   gemm(Layout::AtB, delta, a_before, layer.dW);  // the sum over the batch is the product's own
   with_type(layer.type, [&](auto zero) {
@@ -711,6 +743,27 @@ void to_device(const std::vector<float>& values, const Tensor& t) {
   CHECK(cudaMemcpy(t.memory.get(), raw.data(), t.bytes(), cudaMemcpyHostToDevice));
 }
 
+// Each layer anew in its type; the compute copies are the masters, rounded. Layer 0, the input, has layer 1's.
+void set_types(Mlp& net, const std::vector<Type>& types) {
+  for (int l = 0; l <= net.L; l++) {
+    Layer& layer = net.layer[l];
+    const int in = l > 0 ? net.layer[l - 1].a.cols : 0, out = layer.a.cols;
+    const int W_size = out * padded(in), n = W_size + padded(out);
+    layer.type = types[l > 0 ? l - 1 : 0];
+    layer.a = make_tensor(net.batch, out, layer.type);
+    if (l == 0) continue;
+    layer.delta = make_tensor(net.batch, out, layer.type);
+    layer.gradients = make_tensor(1, n, layer.type);
+    layer.weights = layer.type == Type::fp32 ? layer.master : make_tensor(1, n, layer.type);
+    layer.W = part_of(layer.weights, 0, out, in), layer.b = part_of(layer.weights, W_size, 1, out);
+    layer.dW = part_of(layer.gradients, 0, out, in), layer.db = part_of(layer.gradients, W_size, 1, out);
+    if (layer.type != Type::fp32 && layer.master.memory) convert(layer.master, layer.weights);
+    layer.input = layer.wide_delta = Tensor();
+    if (layer.type == net.layer[l - 1].type) continue;
+    layer.input = make_tensor(net.batch, in, layer.type);
+    layer.wide_delta = make_tensor(net.batch, layer.type == Type::fp32 ? in : out, Type::fp32);
+  }
+}
 Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update) {
   if (sizes.size() < 2) fail("a network needs at least an input and an output layer");
   if (type == Type::fp32 && update != Update::master) fail("fp32 weights lose nothing in an update: master is theirs");
@@ -719,21 +772,17 @@ Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update)
   net.layer.resize(sizes.size());
   for (int l = 0; l <= net.L; l++) {
     Layer& layer = net.layer[l];
-    layer.type = type;
-    layer.a = make_tensor(batch, sizes[l], type);
-    if (l == 0) continue;
-    const int in = sizes[l - 1], out = sizes[l];
+    const int in = l > 0 ? sizes[l - 1] : 0, out = sizes[l];
     if ((int64_t(in) + 8) * out > 1 << 30) fail("a layer of %d x %d has more than 2^30 weights", out, in);
-    if (std::max(out, batch) > 1000000) fail("a layer or a batch of more than 1,000,000");  // a CUDA grid is 65535 high
-    const int W_size = out * padded(in), n = W_size + padded(out);
-    layer.delta = make_tensor(batch, out, type);
-    layer.gradients = make_tensor(1, n, type);
+    if (std::max(l > 0 ? out : 0, batch) > 1000000)
+      fail("a layer or a batch of more than 1,000,000");  // a CUDA grid is 65535 high
+    layer.a = make_tensor(batch, out, type);
+    if (l == 0) continue;
+    const int n = out * padded(in) + padded(out);
     if (update == Update::master) layer.master = make_tensor(1, n, Type::fp32);
     if (update == Update::kahan) layer.compensation = make_tensor(1, n, type);
-    layer.weights = type == Type::fp32 ? layer.master : make_tensor(1, n, type);
-    layer.W = part_of(layer.weights, 0, out, in), layer.b = part_of(layer.weights, W_size, 1, out);
-    layer.dW = part_of(layer.gradients, 0, out, in), layer.db = part_of(layer.gradients, W_size, 1, out);
   }
+  set_types(net, std::vector<Type>(net.L, type));
   net.y = make_tensor(batch, sizes.back(), Type::fp32);
   net.row_loss = make_tensor(1, batch, Type::fp32), net.log_sum_exp = make_tensor(1, batch, Type::fp32);
   return net;
@@ -744,7 +793,8 @@ Footprint footprint(const Mlp& net) {
   for (const Layer& layer : net.layer) {
     if (layer.master.memory != layer.weights.memory) bytes.master += size(layer.master);
     bytes.weights += size(layer.weights), bytes.compensation += size(layer.compensation);
-    bytes.activations += size(layer.a), bytes.gradients += size(layer.delta) + size(layer.gradients);
+    bytes.activations += size(layer.a) + size(layer.input);
+    bytes.gradients += size(layer.delta) + size(layer.wide_delta) + size(layer.gradients);
   }
   return bytes;
 }
@@ -770,7 +820,7 @@ StepState LossScaler::read() const {
 }
 void LossScaler::write(const StepState& s) { CHECK(cudaMemcpy(state.get(), &s, sizeof s, cudaMemcpyHostToDevice)); }
 
-// ==== 3.2 step 6: evaluation =========================================================================================
+// ==== 3.2 step 6: evaluation and dynamic precision ===================================================================
 // Box H, the output: forward alone, with the 16-bit weights that training uses, and the largest logit wins.
 std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
   const size_t in = size_t(net.layer[0].a.cols), count = pixels.size() / in;
@@ -791,6 +841,66 @@ std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
   }
   return answer;
 }
+
+// Dynamic precision. The article adjusts the shares of 16 and 32 bits by the loss of precision seen, and gives no
+// method. Here: once an epoch a batch goes forward and backward in fp32 throughout (probe), the exponents of what it
+// leaves are counted, and a layer whose numbers fp16 cannot hold (trouble) moves to fp32 until that is over.
+void Exponents::add(const Tensor& t, double factor) {
+  for (const float value : to_host(t)) {
+    const double x = std::fabs(value * factor);
+    if (x == 0) zeros++;
+    else if (!(x < 65520)) overflow++;  // what fp16 rounds to infinity; NaN too
+    else count[std::max(std::ilogb(x), lowest) - lowest]++;
+  }
+}
+int64_t Exponents::between(int from, int to) const {  // numbers of 2^from to 2^to, without it
+  int64_t sum = 0;
+  for (int i = std::max(from - lowest, 0); i < std::min(to - lowest, size); i++) sum += count[i];
+  return sum;
+}
+std::vector<Probe> probe(const Mlp& net, const Batch& batch, float scale) {
+  std::vector<int> sizes;
+  for (const Layer& layer : net.layer) sizes.push_back(layer.a.cols);
+  Mlp wide = make_mlp(sizes, batch.rows, Type::fp32, Update::master);
+  wide.relu = net.relu, wide.loss = net.loss;
+  for (int l = 1; l <= net.L; l++) convert(kept(net.layer[l]), wide.layer[l].weights);
+  LossScaler scaler(scale);
+  preprocess(wide, batch, nullptr);
+  for (int l = 1; l <= net.L; l++) forward(wide, l);
+  loss(wide, scaler), output_delta(wide, scaler);
+  std::vector<Probe> seen(net.layer.size());
+  for (int l = net.L; l >= 0; l--) {
+    seen[l].a.add(wide.layer[l].a);
+    if (l == 0) break;
+    weight_gradient(wide, l);
+    if (l > 1) backward(wide, l);
+    seen[l].delta.add(wide.layer[l].delta), seen[l].dW.add(wide.layer[l].dW);
+  }
+  return seen;
+}
+// The rule: why layer l needs fp32, or "". An input or activation that fp16 cannot hold ruins every step, and so does an
+// infinite gradient under a fixed scale (a dynamic one halves itself, which costs a step). Small gradients are lost one by
+// one. Of dW count those that would become 0 or lose bits, below 2^-14; of delta, whose errors average out in dW's sum,
+// only those that would become 0. The limit, 50 %: MNIST shows up to 2 and 10 % where fp16 trains as well as fp32, and
+// above 95 and 50 % where it does not (a scale of 2^-16).
+std::string trouble(const std::vector<Probe>& seen, int l, bool dynamic, double limit, int headroom) {
+  char text[120] = "";
+  const auto overflow = [&](const char* what, const Exponents& e) {
+    const int64_t n = e.overflow + e.between(16 - headroom, 16);
+    if (!*text && n) snprintf(text, sizeof text, "%lld of its %s overflow", (long long)n, what);
+  };
+  const auto vanish = [&](const char* what, const Exponents& e, int below) {
+    const double share = double(e.between(Exponents::lowest, below)) / double(std::max<int64_t>(e.nonzero(), 1));
+    if (!*text && share > limit)
+      snprintf(text, sizeof text, "%.0f%% of its %s would be %s", 100 * share, what,
+               below < -14 ? "0" : "0 or subnormal");
+  };
+  overflow("inputs", seen[l - 1].a), overflow("activations", seen[l].a);
+  if (!dynamic) overflow("deltas", seen[l].delta), overflow("weight gradients", seen[l].dW);
+  vanish("weight gradients", seen[l].dW, -14), vanish("deltas", seen[l].delta, -25);
+  return text;
+}
+
 // ==== 4.3, 5.2 The example: 1-5-1 ====================================================================================
 // The article's listing as it was meant: inputs 1, hidden 5, output 1 (one hidden layer: the article counts two), E1,
 // SGD 0.01, 100 epochs, a GradScaler; the data that it leaves undefined are points of y = x^2. Written as in the
@@ -1225,12 +1335,13 @@ struct Options {
   float scale_init = 65536, lr = 0.3f;
   int growth_interval = 2000, epochs = 15, batch = 64;
   uint64_t seed = 1;
-  bool shuffle = true;
-  std::vector<std::string> given, files;  // options that stood on the command line; words that are none
+  bool shuffle = true, automatic = false;  // automatic: a type for each layer, beginning with precision
+  float vanish_limit = 50;                 // per cent
+  std::vector<std::string> given, files;   // options that stood on the command line; words that are none
   bool has(const char* name) const { return std::find(given.begin(), given.end(), name) != given.end(); }
   bool dynamic() const { return loss_scale < 0 ? precision == Type::fp16 : loss_scale == 0; }
 };
-static const std::vector<std::string> type_names = {"fp32", "fp16", "bf16"}, loss_names = {"xent", "mse"},
+static const std::vector<std::string> type_names = {"fp32", "fp16", "bf16", "auto"}, loss_names = {"xent", "mse"},
                                       update_names = {"master", "half", "kahan", "stochastic"},
                                       switch_names = {"off", "on"};
 
@@ -1292,8 +1403,11 @@ static const Option option_table[] = {
     [](O& o, const S& s) { o.data = s; }, [](const O& o) { return o.data; }},
   {"layers", "N,N,...", "sizes: pixels, hidden layers, classes", true,
     [](O& o, const S& s) { o.layers = layer_sizes(s); }, [](const O& o) { return joined(o.layers, ","); }},
-  {"precision", "fp32|fp16|bf16", "of everything but master weights, sums, loss and update", true,
-    [](O& o, const S& s) { o.precision = Type(choice(s, type_names)); }, [](const O& o) { return type_names[int(o.precision)]; }},
+  {"precision", "fp32|fp16|bf16|auto", "of all but masters, sums, loss, update; auto: by layer", true,
+    [](O& o, const S& s) { const int i = choice(s, type_names); o.automatic = i == 3; o.precision = i == 3 ? Type::fp16 : Type(i); },
+    [](const O& o) { return type_names[o.automatic ? 3 : int(o.precision)]; }},
+  {"vanish-limit", "N", "auto: most gradients, in per cent, that fp16 may blur or flush", true,
+    [](O& o, const S& s) { o.vanish_limit = float(number(s, 0, 100)); }, [](const O& o) { return text_of(o.vanish_limit); }},
   {"update", "master|half|kahan|stochastic", "how w - lr g is added up", true,
     [](O& o, const S& s) { o.update = Update(choice(s, update_names)); }, [](const O& o) { return update_names[int(o.update)]; }},
   {"loss-scale", "dynamic|N", "what multiplies the loss gradient (fp32 and bf16: 1)", true,
@@ -1343,6 +1457,9 @@ static void refuse_contradictions(const Options& o) {
            " with --precision fp32: fp32 weights lose nothing that it could save");
   if (o.precision == Type::fp32 && o.dynamic())
     misuse("--loss-scale dynamic with --precision fp32: its gradients do not vanish, there is nothing to scale for");
+  if (o.automatic && o.update != Update::master)
+    misuse("--update " + update_names[int(o.update)] + " with --precision auto: its layers move by their fp32 masters");
+  if (!o.automatic && o.has("vanish-limit")) misuse("--vanish-limit is for --precision auto");
   if (!o.dynamic() && (o.has("scale-init") || o.has("growth-interval")))
     misuse("--scale-init and --growth-interval are for a dynamic scale: add --loss-scale dynamic");
   for (const std::string& other : {o.save, o.resume, o.init})
@@ -1372,6 +1489,11 @@ static void save_checkpoint(const std::string& path, const Options& o, const Tra
     file.tensors.push_back({name_of(l, "bias"), {layer.W.rows}, to_host(kept_b(layer))});
     if (layer.compensation.memory)
       file.tensors.push_back({name_of(l, "compensation"), {layer.compensation.cols}, to_host(layer.compensation)});
+  }
+  for (int l = 1; o.automatic && l <= t.net.L; l++) {
+    const std::string before = l > 1 ? "," : "";
+    file.metadata["types"] += before + type_names[int(t.net.layer[l].type)];
+    file.metadata["clean"] += before + std::to_string(t.net.layer[l].clean_probes);
   }
   write_safetensors(path, file);
 }
@@ -1427,12 +1549,32 @@ static void read_metadata(const SafeTensors& file, const std::string& path, cons
     fail("%s: its %s '%s' %s; the file is damaged", path.c_str(), name, entry->second.c_str(), error.what());
   }
 }
+// The map of --precision auto
+static void take_types(Mlp& net, const SafeTensors& file, const std::string& path) {
+  const auto each = [&](const char* name, auto use) {  // use(l, word) for the words of a list, one a layer
+    if (!file.metadata.count(name)) return;            // not saved by auto: every layer begins in fp16
+    read_metadata(file, path, name, [&](const std::string& text) {
+      std::istringstream words(text);
+      std::string word;
+      int l = 0;
+      while (std::getline(words, word, ',')) {
+        if (++l > net.L) break;
+        use(l, word);
+      }
+      if (l != net.L) misuse("must have a word for each layer");
+    });
+  };
+  std::vector<Type> types(net.L, Type::fp16);
+  each("types", [&](int l, const std::string& word) { types[l - 1] = Type(choice(word, {"fp32", "fp16"})); });
+  each("clean", [&](int l, const std::string& word) { net.layer[l].clean_probes = int(whole(word, 0, 2)); });
+  set_types(net, types);
+}
 // The options that a checkpoint remembers, but for those on the command line
 static void take_options(Options& o, const SafeTensors& file, const std::string& path) {
   for (const Option& option : option_table) {
     if (!option.saved || o.has(option.name) || !file.metadata.count(option.name)) continue;
     const bool new_precision = o.has("precision") && file.metadata.count("precision") &&
-                               file.metadata.at("precision") != type_names[int(o.precision)];
+                               file.metadata.at("precision") != type_names[o.automatic ? 3 : int(o.precision)];
     if (new_precision && !strcmp(option.name, "loss-scale")) continue;  // it has its own default
     read_metadata(file, path, option.name, [&](const std::string& value) { option.set(o, value); });
   }
@@ -1446,7 +1588,9 @@ static double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 static std::string describe(const Options& o) {
-  std::string text = machine() + " · " + joined(o.layers, "-") + " · " + type_names[int(o.precision)];
+  std::string text =
+      machine() + " · " + joined(o.layers, "-") + " · " + (o.automatic ? "auto: " : "") + type_names[int(o.precision)];
+  if (o.automatic) text += " or fp32 by layer";
   if (o.precision != Type::fp32)
     text += o.update == Update::master ? ", fp32 master" : ", no master, " + update_names[int(o.update)] + " update";
   if (o.dynamic()) return text + ", dynamic loss scale";
@@ -1581,6 +1725,7 @@ static void prepare(Run& run) {
   run.t.net.loss = o.loss, run.t.net.seed = o.seed;
   if (from.empty()) initialise(run.t.net);
   else take_weights(run.t.net, file, from);
+  if (o.automatic && !o.resume.empty()) take_types(run.t.net, file, from);
   run.t.state.scale = o.dynamic() ? o.scale_init : o.loss_scale < 0 ? 1 : o.loss_scale;
   if (!o.resume.empty()) restore(run, file);
   run.scaler = o.dynamic() ? LossScaler(65536, 2, 0.5f, o.growth_interval) : LossScaler(1, 1, 1, 1);
@@ -1628,6 +1773,36 @@ static void show_progress(const Run& run, int done, double since) {
          run.steps, seconds() - since);
   fflush(stdout);
 }
+// Once an epoch, before its first step: which layers must be in fp32, and why; which need not any more.
+static void choose_types(Run& run) {
+  Mlp& net = run.t.net;
+  const std::vector<Probe> seen = probe(net, run.batch, run.t.state.scale);
+  std::vector<Type> types;
+  for (int l = 1; l <= net.L; l++) {
+    Layer& layer = net.layer[l];
+    const std::string why = trouble(seen, l, run.o.dynamic(), run.o.vanish_limit / 100,
+                                    layer.type == Type::fp32 ? 3 : 0);  // back only with room to spare
+    layer.clean_probes = why.empty() ? std::min(layer.clean_probes + 1, 2) : 0;
+    types.push_back(!why.empty() ? Type::fp32 : layer.clean_probes >= 2 ? Type::fp16 : layer.type);
+    if (types.back() == layer.type) continue;
+    printf("       layer %d %s, at scale %g\n", l,
+           why.empty() ? "back to fp16: two probes found nothing" : ("to fp32: " + why).c_str(), run.t.state.scale);
+  }
+  for (int l = 1; l <= net.L; l++)
+    if (types[l - 1] != net.layer[l].type) return set_types(net, types);
+}
+static std::string map_of(const Mlp& net) {  // `16 32   98.7%`: bits by layer, multiply-adds done in 16
+  std::string map;
+  double in_16 = 0, all = 0;
+  for (int l = 1; l <= net.L; l++) {
+    const Tensor& W = net.layer[l].W;
+    map += W.type == Type::fp32 ? "32 " : "16 ";
+    all += double(W.rows) * W.cols, in_16 += W.type == Type::fp32 ? 0 : double(W.rows) * W.cols;
+  }
+  char share[20];
+  snprintf(share, sizeof share, "%9.1f%%", 100 * in_16 / all);
+  return map + share;
+}
 // An epoch, or what is left of it after --resume. The host looks at the device only now and then.
 static void train_epoch(Run& run) {
   Training& t = run.t;
@@ -1637,6 +1812,7 @@ static void train_epoch(Run& run) {
   const int first = t.state.position;
   run.fetched = first, run.loss_sum = 0;
   const double start = seconds();
+  if (run.o.automatic && first == 0) choose_types(run);
   for (int step = first; step < run.steps && !stop_signal; step++) {
     train_step(t.net, run.batch, run.scaler, run.o.lr);
     if (step % 32 == 31) fetch(run);
@@ -1647,8 +1823,9 @@ static void train_epoch(Run& run) {
   if (stop_signal && t.state.position < run.steps) return;
   const double taken = seconds() - start, count = run.fetched - first;
   t.state.position = 0, t.epoch++;
-  printf("%5d  %10.5g  %12.2f%%  %10g  %7d  %8.0f  %7.2f\n", t.epoch, run.loss_sum / count,
-         accuracy(t.net, run.data.test), t.state.scale, t.state.skipped, count * run.o.batch / taken, taken);
+  printf("%5d  %10.5g  %12.2f%%  %10g  %7d  %8.0f  %7.2f%s\n", t.epoch, run.loss_sum / count,
+         accuracy(t.net, run.data.test), t.state.scale, t.state.skipped, count * run.o.batch / taken, taken,
+         run.o.automatic ? ("  " + map_of(t.net)).c_str() : "");
   fflush(stdout);
 }
 static int train(const Options& options) {
@@ -1658,7 +1835,9 @@ static int train(const Options& options) {
   const Options& o = run.o;
   printf("%s\n%s: %d images to train on, %d to test\n", describe(o).c_str(), run.data.what.c_str(),
          run.data.train.count, run.data.test.count);
-  if (run.t.epoch < o.epochs) printf("epoch  train loss  test accuracy  loss scale  skipped  images/s  seconds\n");
+  if (run.t.epoch < o.epochs)
+    printf("epoch  train loss  test accuracy  loss scale  skipped  images/s  seconds%s\n",
+           o.automatic ? "  bits by layer, multiply-adds in 16" : "");
   fflush(stdout);
   for (const int signal_ : {SIGINT, SIGTERM}) signal(signal_, on_signal);
   while (run.t.epoch < o.epochs && !stop_signal) {
@@ -1687,6 +1866,7 @@ static int test(Options o) {
   check_fit(o, data.test);
   Mlp net = make_mlp(o.layers, o.batch, o.precision, o.update);
   take_weights(net, file, o.files[0]);
+  if (o.automatic) take_types(net, file, o.files[0]);
   const std::vector<int> answer = predict(net, data.test.pixel);
   int count[10][10] = {}, right = 0;
   for (size_t i = 0; i < answer.size(); i++) {
