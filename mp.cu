@@ -1326,7 +1326,7 @@ struct UsageError : Error {  // main() ends with 2
   using Error::Error;
 };
 struct Options {
-  std::string data = "data", init, save, resume, log;
+  std::string data = "data", init, save, resume, log, sweep, svg;
   std::vector<int> layers = {784, 128, 10};
   Type precision = Type::fp16;
   Update update = Update::master;
@@ -1437,6 +1437,10 @@ static const Option option_table[] = {
     [](O& o, const S& s) { o.resume = s; }, [](const O& o) { return o.resume; }},
   {"log", "FILE.csv", "a row a step: step,epoch,loss,loss_scale,found_inf", false,
     [](O& o, const S& s) { o.log = s; }, [](const O& o) { return o.log; }},
+  {"sweep", "scale|lr", "of compare: accuracy over the loss scale, or over the learning rate", false,
+    [](O& o, const S& s) { choice(s, {"scale", "lr"}), o.sweep = s; }, [](const O& o) { return o.sweep; }},
+  {"svg", "FILE.svg", "of histogram and compare --sweep: the picture", false,
+    [](O& o, const S& s) { o.svg = s; }, [](const O& o) { return o.svg; }},
 };
 // clang-format on
 static const Option* find_option(const std::string& name) {
@@ -1655,9 +1659,11 @@ struct Run {
   Batch batch;
   std::shared_ptr<uint8_t> pixels, labels;  // of the training images, on the device
   std::shared_ptr<int> order;
-  int steps = 0;        // of an epoch; a last, partial batch is left out
-  int fetched = 0;      // of this epoch: those whose losses are here
-  double loss_sum = 0;  // of those
+  int steps = 0;                                       // of an epoch; a last, partial batch is left out
+  int fetched = 0;                                     // of this epoch: those whose losses are here
+  double loss_sum = 0;                                 // of those
+  double mean_loss = 0, test_accuracy = 0, taken = 0;  // of the last epoch; seconds of all
+  bool quiet = false;                                  // no row an epoch
   FILE* log = nullptr;
 };
 static void check_can_save(const std::string& path) {  // now, rather than after an hour of training
@@ -1716,7 +1722,7 @@ static void prepare(Run& run) {
   if (!from.empty()) take_layers(o, file, from);  // after the options: the weights' own shapes decide
   refuse_contradictions(o);
   if (!o.save.empty()) check_can_save(o.save);
-  run.data = load_dataset(o.data);
+  if (run.data.what.empty()) run.data = load_dataset(o.data);
   const Images& images = run.data.train;
   check_fit(o, images);
   run.steps = images.count / o.batch;
@@ -1784,7 +1790,7 @@ static void choose_types(Run& run) {
                                     layer.type == Type::fp32 ? 3 : 0);  // back only with room to spare
     layer.clean_probes = why.empty() ? std::min(layer.clean_probes + 1, 2) : 0;
     types.push_back(!why.empty() ? Type::fp32 : layer.clean_probes >= 2 ? Type::fp16 : layer.type);
-    if (types.back() == layer.type) continue;
+    if (types.back() == layer.type || run.quiet) continue;
     printf("       layer %d %s, at scale %g\n", l,
            why.empty() ? "back to fp16: two probes found nothing" : ("to fp32: " + why).c_str(), run.t.state.scale);
   }
@@ -1803,11 +1809,14 @@ static std::string map_of(const Mlp& net) {  // `16 32   98.7%`: bits by layer, 
   snprintf(share, sizeof share, "%9.1f%%", 100 * in_16 / all);
   return map + share;
 }
+static void shuffle(Run& run) {  // the epoch's order, onto the device
+  const std::vector<int> order = order_of_epoch(run.o, run.t.epoch, run.data.train.count);
+  CHECK(cudaMemcpy(run.order.get(), order.data(), order.size() * sizeof(int), cudaMemcpyHostToDevice));
+}
 // An epoch, or what is left of it after --resume. The host looks at the device only now and then.
 static void train_epoch(Run& run) {
   Training& t = run.t;
-  const std::vector<int> order = order_of_epoch(run.o, t.epoch, run.data.train.count);
-  CHECK(cudaMemcpy(run.order.get(), order.data(), order.size() * sizeof(int), cudaMemcpyHostToDevice));
+  shuffle(run);
   run.scaler.write(t.state);
   const int first = t.state.position;
   run.fetched = first, run.loss_sum = 0;
@@ -1823,9 +1832,10 @@ static void train_epoch(Run& run) {
   if (stop_signal && t.state.position < run.steps) return;
   const double taken = seconds() - start, count = run.fetched - first;
   t.state.position = 0, t.epoch++;
-  printf("%5d  %10.5g  %12.2f%%  %10g  %7d  %8.0f  %7.2f%s\n", t.epoch, run.loss_sum / count,
-         accuracy(t.net, run.data.test), t.state.scale, t.state.skipped, count * run.o.batch / taken, taken,
-         run.o.automatic ? ("  " + map_of(t.net)).c_str() : "");
+  run.taken += taken, run.mean_loss = run.loss_sum / count, run.test_accuracy = accuracy(t.net, run.data.test);
+  if (run.quiet) return;
+  printf("%5d  %10.5g  %12.2f%%  %10g  %7d  %8.0f  %7.2f%s\n", t.epoch, run.mean_loss, run.test_accuracy, t.state.scale,
+         t.state.skipped, count * run.o.batch / taken, taken, run.o.automatic ? ("  " + map_of(t.net)).c_str() : "");
   fflush(stdout);
 }
 static int train(const Options& options) {
@@ -1854,6 +1864,346 @@ static int train(const Options& options) {
   if (!o.save.empty()) save_checkpoint(o.save, o, run.t);
   printf("test accuracy %.2f%%\n", accuracy(run.t.net, run.data.test));
   return 0;
+}
+
+// ==== Plots: in the terminal and as SVG ==============================================================================
+static bool utf8() {
+  for (const char* name : {"LC_ALL", "LC_CTYPE", "LANG"})
+    if (const char* locale = std::getenv(name); locale && *locale)
+      return strstr(locale, "UTF-8") || strstr(locale, "utf8") || strstr(locale, "UTF8") || strstr(locale, "utf-8");
+  return false;
+}
+static bool colour() {
+  const char* no = std::getenv("NO_COLOR");
+  return isatty(STDOUT_FILENO) && !(no && *no);
+}
+[[maybe_unused]] static std::string bar(double share, int width) {  // `share` of `width` characters; UTF-8 counts in eighths
+  const double full = std::min(std::max(share, 0.), 1.) * width;
+  const int eighths = int(full * 8 + 0.5);
+  std::string text;
+  if (!utf8()) return std::string(size_t(full + 0.5), '#');
+  for (int i = 0; i < eighths / 8; i++) text += "█";
+  static const char* const part[] = {"", "▏", "▎", "▍", "▌", "▋", "▊", "▉"};
+  return text + part[eighths % 8];
+}
+struct Curve {
+  std::string name;
+  std::vector<double> y;  // a value for each place on x; what is not finite is left out
+};
+struct Band {  // of the places from..to on x
+  double from, to;
+  std::string name;
+};
+struct Plot {
+  std::string title, x, y;         // the axes with their units
+  std::vector<std::string> ticks;  // a label for each place on x, or ""; the places are evenly spaced
+  std::vector<Curve> curves;
+  std::vector<Band> bands;
+  double high = 100;  // y runs from 0 to high
+  bool bars = false;
+};
+static void draw(const Plot& p) {  // curves, in the terminal
+  const int rows = 14, places = int(p.ticks.size()), wide = std::max(2, 72 / places);
+  static const char* const marks[][2] = {{"●", "o"}, {"○", "x"}, {"▲", "+"}, {"△", "*"}};
+  const auto mark = [&](size_t i) {
+    const std::string m = marks[i % 4][utf8() ? 0 : 1];
+    return colour() ? "\033[3" + std::to_string(4 - i % 4) + "m" + m + "\033[0m" : m;
+  };
+  std::vector<std::vector<std::string>> cell(rows, std::vector<std::string>(size_t(places * wide), " "));
+  for (size_t i = p.curves.size(); i-- > 0;)
+    for (int at = 0; at < places; at++)
+      if (const double y = p.curves[i].y[at]; std::isfinite(y))
+        cell[rows - 1 - int(std::min(y / p.high, 1.) * (rows - 1) + 0.5)][size_t(at * wide + wide / 2)] = mark(i);
+  printf("\n%s\n%s\n", p.title.c_str(), p.y.c_str());
+  for (int row = 0; row < rows; row++) {
+    if ((rows - 1 - row) % 3 == 1 || row == 0)
+      printf("%6.0f %s", p.high * (rows - 1 - row) / (rows - 1), utf8() ? "┤" : "+");
+    else printf("       %s", utf8() ? "│" : "|");
+    for (const std::string& c : cell[row]) printf("%s", c.c_str());
+    printf("\n");
+  }
+  std::string line, axis(size_t(places * wide) + 8, ' ');
+  for (int i = 0; i < places * wide; i++) line += utf8() ? "─" : "-";
+  for (int at = 0; at < places; at++)
+    if (!p.ticks[at].empty()) axis.replace(size_t(at * wide + wide / 2), p.ticks[at].size(), p.ticks[at]);
+  printf("       %s%s\n        %s\n        %s\n", utf8() ? "└" : "+", line.c_str(), axis.c_str(), p.x.c_str());
+  for (size_t i = 0; i < p.curves.size(); i++) printf("        %s %s\n", mark(i).c_str(), p.curves[i].name.c_str());
+  for (const Band& band : p.bands) printf("        %s\n", band.name.c_str());
+}
+__attribute__((format(printf, 2, 3))) static void append(std::string& text, const char* format, ...) {
+  char line[600];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(line, sizeof line, format, arguments);
+  va_end(arguments);
+  text += line;
+}
+// The plots one below the other; the colours are the viewer's, light or dark.
+static void write_svg(const std::string& path, const std::vector<Plot>& plots, const std::string& caption) {
+  const double left = 62, width = 640;
+  double top = 0;
+  std::string s;
+  for (const Plot& p : plots) {
+    const double height = p.bars ? 62 : 250, step = width / double(p.ticks.size()), base = top + 46 + height;
+    append(s, "<text class='title' x='%g' y='%g'>%s</text>\n", left, top + 20, p.title.c_str());
+    for (size_t i = 0; i < p.bands.size(); i++) {
+      const Band& b = p.bands[i];
+      append(s, "<rect class='band%zu' x='%.1f' y='%.1f' width='%.1f' height='%g'/>\n", i % 2, left + b.from * step,
+             base - height, (b.to - b.from) * step, height);
+      append(s, "<text class='small' x='%.1f' y='%.1f' text-anchor='middle'>%s</text>\n",
+             left + (b.from + b.to) / 2 * step, base - height - 5, b.name.c_str());
+    }
+    for (int i = 0; i <= (p.bars ? 1 : 5); i++) {
+      const double share = i / (p.bars ? 1. : 5.), y = base - height * share;
+      append(s,
+             "<path class='grid' d='M%g %.1fh%g'/><text class='small' x='%g' y='%.1f' text-anchor='end'>%.0f</text>\n",
+             left, y, width, left - 6, y + 4, share * p.high);
+    }
+    for (size_t at = 0; at < p.ticks.size(); at++)
+      if (!p.ticks[at].empty())
+        append(s, "<text class='small' x='%.1f' y='%.1f' text-anchor='middle'>%s</text>\n",
+               left + (double(at) + .5) * step, base + 15, p.ticks[at].c_str());
+    append(s, "<text class='small' x='%g' y='%.1f' text-anchor='middle'>%s</text>\n", left + width / 2, base + 31,
+           p.x.c_str());
+    append(s, "<text class='small' transform='translate(14 %.1f) rotate(-90)' text-anchor='middle'>%s</text>\n",
+           base - height / 2, p.y.c_str());
+    for (size_t i = 0; i < p.curves.size(); i++) {
+      std::string path_of_curve;
+      for (size_t at = 0; at < p.curves[i].y.size(); at++) {
+        const double y = p.curves[i].y[at], x = left + (double(at) + (p.bars ? .15 + .35 * double(i) : .5)) * step;
+        if (!std::isfinite(y) || (p.bars && y == 0)) continue;
+        const double h = std::min(y / p.high, 1.) * height;
+        if (p.bars)
+          append(s, "<rect class='f%zu' x='%.1f' y='%.1f' width='%.1f' height='%.1f'/>", i, x, base - h, .35 * step, h);
+        else append(s, "<circle class='f%zu' cx='%.1f' cy='%.1f' r='3.5'/>", i, x, base - h);
+        append(path_of_curve, "%s%.1f %.1f", path_of_curve.empty() ? "M" : "L", x, base - h);
+      }
+      if (!p.bars) append(s, "\n<path class='c%zu' d='", i), s += path_of_curve + "'/>";
+      const double x = p.bars ? left + width - 150 * double(p.curves.size() - i) : left + 155. * double(i),
+                   y = p.bars ? top + 20 : base + 52;
+      append(s,
+             "\n<rect class='f%zu' x='%.1f' y='%.1f' width='11' height='11'/><text class='small' x='%.1f' "
+             "y='%.1f'>%s</text>\n",
+             i, x, y - 10, x + 16, y, p.curves[i].name.c_str());
+    }
+    top = base + (p.bars ? 36 : 62);
+  }
+  append(s, "<text class='small' x='%g' y='%g'>%s</text>\n</svg>\n", left - 50, top + 18, caption.c_str());
+  std::string head;
+  append(head,
+         "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %g %g' width='%g' height='%g' "
+         "role='img'>\n<title>%s</title>\n",
+         left + width + 18, top + 32, left + width + 18, top + 32, plots[0].title.c_str());
+  const char* const style = R"(<style>
+text{font:13px sans-serif;fill:#222}.title{font-weight:bold}.small{font-size:12px}.paper{fill:#fff}.grid{stroke:#ccc}
+path{fill:none;stroke-width:2}.grid{stroke-width:1}.band0{fill:#eee}.band1{fill:#dbe7f3}
+.c0{stroke:#1f6fb4}.f0{fill:#1f6fb4}.c1{stroke:#c9500b;stroke-dasharray:7 3}.f1{fill:#c9500b}
+.c2{stroke:#2a8a3e;stroke-dasharray:2 3}.f2{fill:#2a8a3e}.c3{stroke:#8d3fa8;stroke-dasharray:9 3 2 3}.f3{fill:#8d3fa8}
+@media(prefers-color-scheme:dark){text{fill:#ddd}.paper{fill:#14171c}.grid{stroke:#444}.band0{fill:#22262d}.band1{fill:#1d2f42}
+.c0{stroke:#6cb4f0}.f0{fill:#6cb4f0}.c1{stroke:#ff9c5a}.f1{fill:#ff9c5a}.c2{stroke:#6fd086}.f2{fill:#6fd086}
+.c3{stroke:#d29be8}.f3{fill:#d29be8}}
+</style><rect class='paper' width='100%' height='100%'/>
+)";
+  write_file(path, head + style + s);
+  printf("\nwrote %s\n", path.c_str());
+}
+
+// ==== What each technique is for: compare and histogram ==============================================================
+// A run of `o` on data that is loaded already, without a row an epoch. False: it stopped where no scale can help.
+static bool learn(Run& run, const Options& o, const Dataset& data) {
+  run.o = o, run.data = data, run.quiet = true;
+  prepare(run);
+  try {
+    while (run.t.epoch < run.o.epochs && !stop_signal) train_epoch(run);
+  } catch (const Error&) {
+    if (run.t.state.halted) return false;
+    throw;
+  }
+  if (stop_signal) fail("stopped");
+  return true;
+}
+// Per cent of the non-zero gradients, deltas and dW, that this run's types flush to zero
+static double flushed(const Run& run) {
+  const std::vector<Probe> seen = probe(run.t.net, run.batch, run.t.state.scale);
+  double zero = 0, all = 0;
+  for (int l = 1; l <= run.t.net.L; l++)
+    for (const Exponents* e : {&seen[l].delta, &seen[l].dW}) {
+      all += double(e->nonzero());
+      if (run.t.net.layer[l].type == Type::fp16) zero += double(e->between(Exponents::lowest, -25));
+    }
+  return 100 * zero / std::max(all, 1.);
+}
+struct Setting {
+  const char *name, *precision, *update, *loss_scale;
+};
+static Options with(Options o, const Setting& s) {
+  set_option(o, *find_option("precision"), s.precision), set_option(o, *find_option("update"), s.update);
+  if (*s.loss_scale) set_option(o, *find_option("loss-scale"), s.loss_scale);
+  return o;
+}
+static int compare(const Options& o, const Dataset& data) {
+  static const Setting settings[] = {{"fp32", "fp32", "master", ""},
+                                     {"mixed: fp16, master, dynamic", "fp16", "master", "dynamic"},
+                                     {"mixed, no loss scaling", "fp16", "master", "1"},
+                                     {"fp16, no master", "fp16", "half", "dynamic"},
+                                     {"fp16, Kahan", "fp16", "kahan", "dynamic"},
+                                     {"fp16, stochastic", "fp16", "stochastic", "dynamic"},
+                                     {"bf16, master", "bf16", "master", ""},
+                                     {"bf16, no master", "bf16", "half", ""},
+                                     {"auto: fp16 or fp32 by layer", "auto", "master", "dynamic"}};
+  printf("%-29s %8s  %10s  %7s  %8s  %9s  %11s  %9s  %7s\n", "", "accuracy", "final loss", "skipped", "flushed",
+         "weights", "activations", "gradients", "seconds");
+  double fp32 = 0;
+  int as_good = 0;
+  for (const Setting& s : settings) {
+    Run run;
+    const bool finished = learn(run, with(o, s), data);
+    const Footprint bytes = footprint(run.t.net);
+    if (!strcmp(s.precision, "fp32")) fp32 = run.test_accuracy;
+    else as_good += finished && run.test_accuracy >= fp32 - 0.3;
+    printf("%-29s %7.2f%%  %10.4g  %7d  %7.2f%%  %9zu  %11zu  %9zu  %7.2f%s\n", s.name, run.test_accuracy,
+           run.mean_loss, run.t.state.skipped, flushed(run), bytes.weights + bytes.master + bytes.compensation,
+           bytes.activations, bytes.gradients, run.taken, finished ? "" : "  halted");
+    fflush(stdout);
+  }
+  printf("\n%d of 8 come within 0.3 points of fp32%s\n", as_good,
+         as_good < 6 ? ": the others show what their missing technique was for."
+                     : ": this network is easy. Where they stop: mp compare --sweep scale, mp compare --sweep lr.");
+  return 0;
+}
+static int sweep_scale(const Options& o, const Dataset& data) {
+  Plot p;
+  p.title =
+      "Test accuracy over a fixed loss scale, " + joined(o.layers, "-") + ", " + std::to_string(o.epochs) + " epochs";
+  p.x = "loss scale", p.y = "test accuracy, per cent", p.curves = {{"fp16, fixed scale", {}}, {"auto by layer", {}}};
+  printf("%10s  %8s  %8s  %8s  %8s\n", "scale", "fp16", "skipped", "auto", "skipped");
+  for (int exponent = -24; exponent <= 24; exponent += 2) {
+    p.ticks.push_back(exponent % 8 ? "" : "2^" + std::to_string(exponent));
+    printf("%10s", ("2^" + std::to_string(exponent)).c_str());
+    for (int i = 0; i < 2; i++) {
+      Run run;
+      learn(run, with(o, {"", i ? "auto" : "fp16", "master", text_of(std::ldexp(1., exponent)).c_str()}), data);
+      p.curves[i].y.push_back(run.test_accuracy);
+      printf("  %7.2f%%  %8d", run.test_accuracy, run.t.state.skipped), fflush(stdout);
+    }
+    printf("\n");
+  }
+  Run run;
+  learn(run, with(o, {"", "fp16", "master", "dynamic"}), data);
+  const double first = std::log2(o.scale_init), last = std::log2(run.t.state.scale);
+  char text[100];
+  snprintf(text, sizeof text, "dynamic: 2^%.0f to 2^%.0f, %.2f%%", first, last, run.test_accuracy);
+  p.bands = {{(std::min(first, last) + 24) / 2, (std::max(first, last) + 24) / 2 + 1, text}};
+  draw(p);
+  if (!o.svg.empty())
+    write_svg(o.svg, {p}, "Left cliff: gradients flush to zero. Right cliff: they overflow and every step is skipped.");
+  return 0;
+}
+static int sweep_rate(const Options& o, const Dataset& data) {
+  static const Setting settings[] = {{"fp16, master", "fp16", "master", "dynamic"},
+                                     {"fp16, no master", "fp16", "half", "dynamic"},
+                                     {"bf16, master", "bf16", "master", ""},
+                                     {"bf16, no master", "bf16", "half", ""}};
+  Plot p;
+  p.title =
+      "Test accuracy over the learning rate, " + joined(o.layers, "-") + ", " + std::to_string(o.epochs) + " epochs";
+  p.x = "learning rate", p.y = "test accuracy, per cent";
+  printf("%10s", "rate");
+  for (const Setting& s : settings) p.curves.push_back({s.name, {}}), printf("  %15s", s.name);
+  for (const float rate : {1e-4f, 3e-4f, 1e-3f, 3e-3f, 0.01f, 0.03f, 0.1f, 0.3f}) {
+    p.ticks.push_back(text_of(rate));
+    printf("\n%10g", rate);
+    for (int i = 0; i < 4; i++) {
+      Run run;
+      Options with_rate = with(o, settings[i]);
+      with_rate.lr = rate;
+      learn(run, with_rate, data);
+      p.curves[i].y.push_back(run.test_accuracy), printf("  %14.2f%%", run.test_accuracy), fflush(stdout);
+    }
+  }
+  printf("\n");
+  draw(p);
+  if (!o.svg.empty())
+    write_svg(o.svg, {p},
+              "Without master weights, a step below half a unit in the last place of a weight is lost; bf16 has 8 "
+              "bits, fp16 11.");
+  return 0;
+}
+// Exponents of a, delta and dW, in fp32, against fp16's ranges, without the loss scale and with it
+static int histogram(Options o, const Dataset& data) {
+  Run run;
+  learn(run, o, data);
+  shuffle(run);
+  const int low = -40, high = 18;
+  const std::vector<Probe> plain = probe(run.t.net, run.batch, 1),
+                           scaled = probe(run.t.net, run.batch, run.t.state.scale);
+  std::vector<Plot> plots;
+  const auto show = [&](int l, const char* name, const Exponents& without, const Exponents* with_scale) {
+    Plot p;
+    p.title = "layer " + std::to_string(l) + ", " + name, p.x = "exponent: |value| from 2^x", p.y = "per cent",
+    p.bars = true;
+    p.bands = {{0, -25. - low, "0"},
+               {-25. - low, -14. - low, "subnormal"},
+               {-14. - low, 16. - low, "normal"},
+               {16. - low, double(high - low), "inf"}};
+    p.high = 10;
+    for (const Exponents* e : {&without, with_scale}) {
+      if (!e) continue;
+      const double all = double(std::max<int64_t>(e->nonzero(), 1)) / 100;
+      Curve c = {!with_scale     ? "values"
+                 : e == &without ? "without loss scale"
+                                 : "times " + text_of(run.t.state.scale),
+                 {}};
+      std::string picture;
+      for (int x = low; x < high; x++) {
+        const double share = (x == low  ? e->between(Exponents::lowest, x + 1)
+                              : x < 16  ? e->between(x, x + 1)
+                              : x == 16 ? e->overflow
+                                        : 0) /
+                             all;
+        static const char* const block[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
+        c.y.push_back(share), p.high = std::max(p.high, share);
+        const int eighths = share > 0 ? 1 + std::min(int(share / 2.5), 7) : 0;
+        picture += x == -25 || x == -14 || x == 16 ? (utf8() ? "│" : "|") : "";
+        picture += utf8() ? block[eighths] : std::string(1, " .:-=+*%@"[eighths]);
+      }
+      printf("%d %-5s %-18s %s %5.1f%% %5.1f%% %5.1f%%\n", l, name, c.name.c_str(), picture.c_str(),
+             e->between(Exponents::lowest, -25) / all, e->between(-25, -14) / all, e->overflow / all);
+      p.curves.push_back(c);
+    }
+    for (int x = low; x < high; x++) p.ticks.push_back(x % 10 ? "" : std::to_string(x));
+    plots.push_back(p);
+  };
+  printf("layer, tensor              %-15s|%-11s|%-30s|   zero  subn.  overflow\n", "2^-40 fp16: 0", "subnormal",
+         "normal, 2^-14 to 65504");
+  for (int l = 1; l <= run.t.net.L; l++) {
+    show(l, "a", plain[l].a, nullptr);
+    show(l, "delta", plain[l].delta, &scaled[l].delta), show(l, "dW", plain[l].dW, &scaled[l].dW);
+  }
+  if (!o.svg.empty())
+    write_svg(o.svg, plots,
+              "Exponents in fp32 after " + std::to_string(run.t.epoch) + " epochs, " + joined(run.o.layers, "-") +
+                  "; shares of the non-zero values; below 2^-40 counts as 2^-40.");
+  return 0;
+}
+static int pictures(const std::string& command, Options o) {
+  if (!o.save.empty() || !o.log.empty()) misuse("mp " + command + " saves no model and no log; mp train does");
+  if (command == "compare" && (o.has("precision") || o.has("update") || !o.resume.empty() || !o.files.empty()))
+    misuse("mp compare tries every --precision and --update from the start; leave them, --resume and files away");
+  if (command == "compare" && o.sweep.empty() && !o.svg.empty()) misuse("--svg needs --sweep scale or --sweep lr");
+  if (command == "histogram" && (!o.sweep.empty() || o.files.size() > 1))
+    misuse("mp histogram [MODEL] [--svg FILE] [OPTION...]");
+  if (!o.svg.empty()) check_can_save(o.svg);
+  if (o.files.size() == 1) o.resume = o.files[0];
+  if (o.resume.empty() && !o.has("epochs")) o.epochs = command == "histogram" ? 1 : o.sweep.empty() ? 15 : 3;
+  const Dataset data = load_dataset(o.data);
+  for (const int signal_ : {SIGINT, SIGTERM}) signal(signal_, on_signal);
+  printf("%s · %s\n%s: %d images to train on, %d to test\n\n", machine().c_str(), joined(o.layers, "-").c_str(),
+         data.what.c_str(), data.train.count, data.test.count);
+  return command == "histogram" ? histogram(o, data)
+         : o.sweep.empty()      ? compare(o, data)
+         : o.sweep == "lr"      ? sweep_rate(o, data)
+                                : sweep_scale(o, data);
 }
 
 static int test(Options o) {
@@ -1887,6 +2237,9 @@ static int test(Options o) {
 static const char usage_text[] =
     "usage: mp train [OPTION...]            learn digits, a row of figures an epoch\n"
     "       mp test MODEL [--data DIR]      what a saved model gets right, and what it takes for what\n"
+    "       mp compare [OPTION...]          with one technique off at a time; --sweep scale|lr [--svg FILE]\n"
+    "       mp histogram [MODEL] [OPTION...]  exponents against fp16's range, after an epoch or of MODEL; [--svg "
+    "FILE]\n"
     "       mp article                      the article's 1-5-1 network, as written and with ReLU\n"
     "       mp --help, mp train --help      every option with its default\n";
 static void print_help() {
@@ -1925,10 +2278,12 @@ static int run_command(const std::vector<std::string>& words) {
   const std::string command = words.empty() ? "" : words[0];
   for (const std::string& word : words)
     if (word == "--help" || word == "-h") return print_help(), 0;
-  if (command == "train" || command == "test") {
+  if (command == "train" || command == "test" || command == "compare" || command == "histogram") {
     const Options o = parse(command, {words.begin() + 1, words.end()});
     machine();  // fails at once where a CUDA build finds no device
     if (command == "test") return test(o);
+    if (command != "train") return pictures(command, o);
+    if (!o.sweep.empty() || !o.svg.empty()) misuse("--sweep and --svg are for mp compare and mp histogram");
     if (!o.files.empty()) misuse("'" + o.files[0] + "' is no option");
     return train(o);
   }
