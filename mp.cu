@@ -1877,7 +1877,8 @@ static bool colour() {
   const char* no = std::getenv("NO_COLOR");
   return isatty(STDOUT_FILENO) && !(no && *no);
 }
-[[maybe_unused]] static std::string bar(double share, int width) {  // `share` of `width` characters; UTF-8 counts in eighths
+[[maybe_unused]] static std::string bar(double share,
+                                        int width) {  // `share` of `width` characters; UTF-8 counts in eighths
   const double full = std::min(std::max(share, 0.), 1.) * width;
   const int eighths = int(full * 8 + 0.5);
   std::string text;
@@ -1903,7 +1904,7 @@ struct Plot {
   bool bars = false;
 };
 static void draw(const Plot& p) {  // curves, in the terminal
-  const int rows = 14, places = int(p.ticks.size()), wide = std::max(2, 72 / places);
+  const int rows = 16, places = int(p.ticks.size()), wide = std::max(2, 72 / places);
   static const char* const marks[][2] = {{"●", "o"}, {"○", "x"}, {"▲", "+"}, {"△", "*"}};
   const auto mark = [&](size_t i) {
     const std::string m = marks[i % 4][utf8() ? 0 : 1];
@@ -1916,8 +1917,7 @@ static void draw(const Plot& p) {  // curves, in the terminal
         cell[rows - 1 - int(std::min(y / p.high, 1.) * (rows - 1) + 0.5)][size_t(at * wide + wide / 2)] = mark(i);
   printf("\n%s\n%s\n", p.title.c_str(), p.y.c_str());
   for (int row = 0; row < rows; row++) {
-    if ((rows - 1 - row) % 3 == 1 || row == 0)
-      printf("%6.0f %s", p.high * (rows - 1 - row) / (rows - 1), utf8() ? "┤" : "+");
+    if (row % 3 == 0) printf("%6.0f %s", p.high * (rows - 1 - row) / (rows - 1), utf8() ? "┤" : "+");
     else printf("       %s", utf8() ? "│" : "|");
     for (const std::string& c : cell[row]) printf("%s", c.c_str());
     printf("\n");
@@ -2182,7 +2182,7 @@ static int histogram(Options o, const Dataset& data) {
   }
   if (!o.svg.empty())
     write_svg(o.svg, plots,
-              "Exponents in fp32 after " + std::to_string(run.t.epoch) + " epochs, " + joined(run.o.layers, "-") +
+              "Exponents in fp32 after epoch " + std::to_string(run.t.epoch) + ", " + joined(run.o.layers, "-") +
                   "; shares of the non-zero values; below 2^-40 counts as 2^-40.");
   return 0;
 }
