@@ -2402,7 +2402,9 @@ TEST_SUITE("dynamic_precision") {
     check_success(w.train(mode + "--epochs 2 --save m"));
     check_success(w.resume("m --epochs 5"));
     CHECK((w.get("m") == w.get("once")));
-    const Outcome back = w.resume("m --epochs 8 --loss-scale dynamic");
+    check_success(w.resume("m --epochs 6 --loss-scale dynamic"));  // one clean probe, which the checkpoint remembers
+    CHECK(w.model("m").metadata.at("types") == "fp32,fp32");
+    const Outcome back = w.resume("m --epochs 7");
     check_success(back);
     check_words(back.out, {"layer 1 back to fp16", "layer 2 back to fp16", "16 16"});
     CHECK(w.model("m").metadata.at("types") == "fp16,fp16");
