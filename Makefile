@@ -1,6 +1,7 @@
 # make            builds build/mp: for CUDA where nvcc and a GPU are there, else for the CPU
 # make run        learns the digits in data/;  make run ARGS="--precision fp32" passes options on
 # make test       runs all tests;  make test SANITIZE=1 under AddressSanitizer and UBSan
+# make plots      draws data/scale.svg, rate.svg and histogram.svg again
 # make mnist      downloads MNIST into build/mnist;  make digits draws data/ again
 # make cuda-check compiles for every GPU this nvcc knows, GPU or not;  make gpu tests and measures on one;  make format
 # make clean
@@ -33,7 +34,7 @@ ifeq ($(BACKEND),cuda)
   FLAGS += -DMP_CUDA
 endif
 
-.PHONY: all run test mnist digits cuda-check gpu format clean FORCE
+.PHONY: all run test plots mnist digits cuda-check gpu format clean FORCE
 all: $(B)/mp
 	@echo "built $(B)/mp ($(BACKEND)). Next: make run, make test, build/mp --help; walkthrough.md tells the story"
 run: $(B)/mp
@@ -43,6 +44,11 @@ run: $(B)/mp
 	@echo "      make mnist && build/mp train --data build/mnist --lr 0.2 --epochs 5"
 test: $(B)/tests $(B)/mp
 	MP_PROGRAM=$(B)/mp $(B)/tests $(ARGS)
+
+plots: $(B)/mp
+	$(B)/mp compare --sweep scale --svg data/scale.svg $(ARGS)
+	$(B)/mp compare --sweep lr --svg data/rate.svg $(ARGS)
+	$(B)/mp histogram --svg data/histogram.svg $(ARGS)
 
 # What the last build was made with; a change of compiler, back end or flags rebuilds.
 $(B)/flags: FORCE

@@ -84,7 +84,7 @@ void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, cons
 enum class Loss { cross_entropy, squared_error };
 enum class Update { master, half, kahan, stochastic };  // article 3.1 and 3.2 step 5; paper 3.1; arXiv 2010.06192
 struct Layer {
-  Type type = Type::fp32;  // of everything below but `master`
+  Type type = Type::fp32;  // of everything below but `master` and `wide_delta`
   Tensor master;           // [1, n] fp32: W row after row, then b, both with their padding; empty if update != master
   Tensor weights;          // [1, n] compute copy of the master; in fp32 the master itself
   Tensor gradients;        // [1, n] dL/dW and dL/db, times the loss scale
@@ -93,6 +93,9 @@ struct Layer {
   Tensor dW, db;           // the same of gradients
   Tensor a;                // [batch, out] f(z); the logits in the last layer. Layer 0 has this alone: the input
   Tensor delta;            // [batch, out] dL/dz, times the loss scale
+  Tensor input;            // [batch, in] a of the layer before in this layer's type, where that one has another
+  Tensor wide_delta;       // there too: fp32, this delta [batch, out] or the one before [batch, in], for E4's product
+  int clean_probes = 0;    // in a row, that found nothing which fp16 could not hold
 };
 struct Mlp {
   int L = 0;                 // layers with weights: layer[1] to layer[L]
@@ -107,6 +110,7 @@ struct Mlp {
   Tensor log_sum_exp;  // [1, batch] fp32: log sum exp(z), kept by E1 for E3
 };
 Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update);  // fails on a size below 1
+void set_types(Mlp& net, const std::vector<Type>& types);  // [L] of layer 1 to L, with master weights (or all one)
 struct Footprint {  // bytes of device memory, padding included; activations: every a; gradients: every delta, dW, db
   size_t weights = 0, master = 0, compensation = 0, activations = 0, gradients = 0;
 };
@@ -161,6 +165,21 @@ void update(Mlp& net, LossScaler& scaler, float lr);                      // G  
 void train_step(Mlp& net, const Batch& batch, LossScaler& scaler, float lr);
 // H: the class with the largest logit of each of n images (host memory, [n, in] bytes)
 std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels);
+
+// ---- Dynamic precision (article 3.1, 3.2 step 6): what would fp16 make of these numbers? ----------------------------
+struct Exponents {
+  static constexpr int lowest = -80, size = 96;       // exponents from -80 (and below) to 15
+  int64_t count[size] = {}, zeros = 0, overflow = 0;  // of 2^(lowest + i) and up; of 0; of 65520 and up, inf, NaN
+  void add(const Tensor& t, double factor = 1);       // its numbers times factor
+  int64_t between(int from, int to) const;            // how many of 2^from up to, not including, 2^to
+  int64_t nonzero() const { return between(lowest, lowest + size) + overflow; }
+};
+struct Probe {
+  Exponents a, delta, dW;  // of a layer; delta and dW times the loss scale
+};
+std::vector<Probe> probe(const Mlp& net, const Batch& batch, float scale);  // [L + 1] every tensor in fp32
+// Why layer l needs fp32, or "". limit: most gradients that may vanish, 0 to 1; headroom: bits free below overflow
+std::string trouble(const std::vector<Probe>& seen, int l, bool dynamic, double limit, int headroom);
 
 // ---- Data and checkpoints (article 5.1, 5.2). All fail, with the file's name in the message. -----------------------
 std::vector<uint8_t> read_file(const std::string& path);

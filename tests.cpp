@@ -2499,3 +2499,104 @@ TEST_SUITE("checkpoints") {
     CHECK(table_of(locked).empty());
   }
 }
+
+TEST_SUITE("dynamic_precision") {
+  TEST_CASE("exponents: what fp16 makes zero, subnormal, normal and infinite") {
+    const Tensor t = make_tensor(1, 9, Type::fp32);
+    to_device({0, 0x1p-26f, -0x1p-25f, 0x1.ff8p-15f, 0x1p-14f, 65504, 65520, float_nan, -float_inf}, t);
+    Exponents counted;
+    counted.add(t);
+    CHECK((counted.zeros == 1 && counted.overflow == 3 && counted.nonzero() == 8));
+    CHECK((counted.between(Exponents::lowest, -25) == 1 && counted.between(-25, -14) == 2));
+    CHECK(counted.between(-14, 16) == 2);
+    Exponents scaled;
+    scaled.add(t, 0x1p-20);
+    CHECK((scaled.between(Exponents::lowest, -25) == 4 && scaled.overflow == 2));
+  }
+  TEST_CASE("with ordinary settings nothing moves, and the weights are those of fp16") {
+    const Workplace w;
+    check_success(w.train("--save a --precision fp16 --epochs 4"));
+    const Outcome o = w.train("--save b --precision auto --epochs 4");
+    check_success(o);
+    const SafeTensors a = w.model("a"), b = w.model("b");
+    for (size_t i = 0; i < a.tensors.size(); i++) CHECK(a.tensors[i].value == b.tensors[i].value);
+    CHECK(b.metadata.at("types") == "fp16,fp16");
+    check_words(o.out, {"16 16", "100.0%"});
+    CHECK(o.out.find("to fp32") == string::npos);
+  }
+  TEST_CASE("layers move before the first step, come back when the scale does, and resume to the same bytes") {
+    const Workplace w;
+    const string mode = "--precision auto --loss-scale 1e-6 ";
+    const Outcome o = w.train(mode + "--epochs 5 --save once");
+    check_success(o);
+    check_words(o.out, {"layer 1 to fp32: ", "layer 2 to fp32: ", "weight gradients would be 0", "32 32"});
+    CHECK(o.out.find("to fp32") < o.out.find("\n    1 "));
+    CHECK(w.model("once").metadata.at("types") == "fp32,fp32");
+    check_success(w.train("--precision fp32 --epochs 5 --save fp32"));
+    const double wide = double(table_of(w.resume("fp32 --epochs 6"))[0][ACCURACY]);
+    CHECK(std::fabs(std::stod(last_line(o.out).substr(15)) - wide) < 5);
+    check_success(w.train(mode + "--epochs 2 --save m"));
+    check_success(w.resume("m --epochs 5"));
+    CHECK((w.get("m") == w.get("once")));
+    check_success(w.resume("m --epochs 6 --loss-scale dynamic"));  // one clean probe, which the checkpoint remembers
+    CHECK(w.model("m").metadata.at("types") == "fp32,fp32");
+    const Outcome back = w.resume("m --epochs 7");
+    check_success(back);
+    check_words(back.out, {"layer 1 back to fp16", "layer 2 back to fp16", "16 16"});
+    CHECK(w.model("m").metadata.at("types") == "fp16,fp16");
+  }
+  TEST_CASE("only the layer that suffers moves: its input scaled down, its weights up, the function the same") {
+    const Workplace w;
+    check_success(w.train("--layers 16,12,12,12,10 --epochs 3 --lr 0.1 --save m"));
+    SafeTensors file = w.model("m");
+    file.metadata.clear();
+    for (SavedTensor& t : file.tensors)  // layer 2 is module 2, layer 3 module 4
+      for (float& x : t.value) x *= t.name[0] == '2' ? 0x1p-12f : t.name == "4.weight" ? 0x1p12f : 1;
+    write_safetensors(w.path + "/suffering", file);
+    const Outcome o =
+        w.train("--layers 16,12,12,12,10 --init suffering --precision auto --loss-scale 0.5 --lr 1e-9 --epochs 1");
+    check_success(o);
+    check_words(o.out, {"layer 3 to fp32: ", "16 16 32 16"});
+  }
+  TEST_CASE("what makes no sense with auto is refused") {
+    const Workplace w;
+    check_refused(w.train("--precision auto --update kahan"), {"--update kahan with --precision auto"}, 2);
+    check_refused(w.train("--vanish-limit 10"), {"--vanish-limit", "--precision auto"}, 2);
+  }
+}
+
+TEST_SUITE("histogram") {
+  TEST_CASE("a row a tensor, without the scale and with it, plain where the locale is, and as SVG") {
+    const Workplace w;
+    const Outcome o =
+        w.run("histogram --data . --layers 16,8,10 --batch 10 --svg h.svg", "unset LC_CTYPE LANG; LC_ALL=C");
+    check_success(o);
+    check_words(o.out, {"1 a ", "1 delta without loss scale", "2 dW    times 65536", "wrote h.svg"});
+    CHECK(o.out.find("\033") == string::npos);
+    CHECK(o.out.find("▁") == string::npos);
+    check_words(w.get("h.svg"), {"<svg", "prefers-color-scheme:dark", "subnormal", "layer 2, dW", "</svg>"});
+    check_success(w.train("--save m"));
+    const string before = w.get("m");
+    check_success(w.run("histogram m --data ."));
+    CHECK((w.get("m") == before));
+    check_refused(w.run("histogram --sweep lr --data ."), {"mp histogram [MODEL]"}, 2);
+  }
+}
+
+TEST_SUITE("compare") {
+  TEST_CASE("a row a technique; what is kept costs bytes; sweeps draw their curves") {
+    const Workplace w;
+    const string small = "compare --data . --layers 16,8,10 --batch 10 --epochs 1 ";
+    const Outcome o = w.run(small);
+    check_success(o);
+    check_words(o.out, {"fp32", "no loss scaling", "Kahan", "stochastic", "bf16, no master", "auto", "of 8 come"});
+    for (const string sweep : {"scale", "lr"}) {
+      const Outcome swept = w.run(small + "--sweep " + sweep + " --svg s.svg");
+      check_success(swept);
+      check_words(w.get("s.svg"), {"test accuracy, per cent", sweep == "lr" ? "bf16, no master" : "dynamic: 2^16"});
+    }
+    check_refused(w.run(small + "--precision bf16"), {"mp compare tries every --precision"}, 2);
+    check_refused(w.run(small + "--svg x"), {"--svg needs --sweep"}, 2);
+    check_refused(w.train("--sweep lr"), {"--sweep and --svg"}, 2);
+  }
+}
