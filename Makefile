@@ -106,8 +106,8 @@ cuda-check: | packages
 	nvcc build/cuda/mp.o -o build/cuda/mp
 
 # ---- Exercises: the regions of mp.cu, emptied one by one. Their titles, hints and reasons stand in walkthrough.md. ----
-# A check builds for the CPU, with -O1 and the tests compiled once for all exercises, so that it answers in seconds.
-CLASS = $(CXX) -x c++ -std=c++17 $(WARN) -Wno-unused -O1 $(NATIVE) -pthread -fmax-errors=3
+# A check builds for the CPU, not optimised and with the tests compiled once for all exercises: it answers in seconds.
+CLASS = $(CXX) -x c++ -std=c++17 $(WARN) -Wno-unused $(NATIVE) -pthread -fmax-errors=3
 REGIONS = $(shell sed -n 's|^ *//{ \([^ ]*\).*|\1|p' mp.cu)
 X = build/exercise-$*
 LIMIT = 60
@@ -115,8 +115,8 @@ TIMED = $(or $(shell command -v timeout || command -v gtimeout),perl -e 'alarm s
 KNOWN = test -n "$(filter $*,$(REGIONS))" || { echo "no exercise is called $*; make exercises lists them"; exit 1; }
 STARTED = test -d $(X) || { echo "$*: not started. make exercise-$* makes $(X) for you"; exit 1; }
 # Ends with 0 if the region holds code, 1 if it holds none, 2 if its markers are gone.
-HAS_CODE = awk -v name=$$name '/^ *\/\/}/ { inside = 0 } inside && !/^ *(\/\/.*)?$$/ { code = 1 } \
-  /^ *\/\/{ / && $$2 == name { inside = seen = 1 } END { exit !seen ? 2 : !code }' build/exercise-$$name/mp.cu
+HAS_CODE = awk -v name=$$name '/^ *\/\/[}]/ { inside = 0 } inside && !/^ *(\/\/.*)?$$/ { code = 1 } \
+  /^ *\/\/[{] / && $$2 == name { inside = seen = 1 } END { exit !seen ? 2 : !code }' build/exercise-$$name/mp.cu
 # What walkthrough.md says of an exercise: its heading, its title, its reason, a hint.
 SAYS = awk -v name=$$name -v what="$$what" '/^\#/ { heading = $$0; sub(/^\#+ /, "", heading) } /^\*\*Exercise / { mine = ($$2 == name ":") } \
   mine && what == "heading" { print heading; exit } \
@@ -135,7 +135,7 @@ exercise-%:
 	@$(KNOWN)
 	@test ! -e $(X) || { echo "$(X) holds your work and stays. To begin anew: rm -r $(X), then make exercise-$*"; exit 1; }
 	@mkdir -p $(X) && cp Makefile mp.h tests.cpp walkthrough.md $(X) && ln -s ../../data $(X)/data
-	@awk -v name=$* '/^ *\/\/}/ { inside = 0 } !inside { print } /^ *\/\/{ / && $$2 == name \
+	@awk -v name=$* '/^ *\/\/[}]/ { inside = 0 } !inside { print } /^ *\/\/[{] / && $$2 == name \
 	  { inside = 1; sub(/\/\/.*/, "// your code"); print }' mp.cu > $(X)/mp.cu
 	@name=$*; what=title; echo "$*: $$($(SAYS))"; what=heading; echo "walkthrough.md, $$($(SAYS))"; \
 	  echo "Write your code in $(X)/mp.cu, line $$(grep -n '// your code' $(X)/mp.cu | cut -d: -f1), between //{ $* and //}; then make check-$*"
@@ -149,13 +149,13 @@ check-%:
 	@name=$*; what=heading; touch $(X)/tried; rm -f $(X)/passed; \
 	echo "$*   $(X)/mp.cu:$$(grep -n '^ *//{ $*\( \|$$\)' $(X)/mp.cu | cut -d: -f1)   walkthrough.md, $$($(SAYS))"; cd $(X); \
 	tests=../class/tests.o; cmp -s mp.h ../../mp.h && cmp -s tests.cpp ../../tests.cpp || \
-	  { tests=tests.o; $(CLASS) -c tests.cpp -o tests.o || exit 1; }; \
-	$(CLASS) -c mp.cu -o mp.o 2>errors || { head -30 errors; echo "$*: mp.cu does not compile. Begin with the first error"; exit 1; }; \
+	  { tests=tests.o; $(CLASS) -O1 -c tests.cpp -o tests.o || exit 1; }; \
+	$(CLASS) -O0 -g -c mp.cu -o mp.o 2>errors || { head -30 errors; echo "$*: mp.cu does not compile. Begin with the first error"; exit 1; }; \
 	cat errors; $(CXX) -pthread $$tests mp.o -o tests || exit 1; \
 	$(TIMED) ./tests --test-suite=$* --reporters=student; \
 	case $$? in 0) ;; \
 	  124|142) echo "$*: stopped after $(LIMIT) seconds: a loop that never ends, or threads that wait for each other?"; exit 1;; \
-	  135|136|137|138|139) echo "$*: crashed. Where? cd $(X) && make OPT='-O0 -g' build/tests && gdb -ex run --args build/tests --test-suite=$*"; \
+	  135|136|137|138|139) echo "$*: crashed. Where? gdb -ex run --args $(X)/tests --test-suite=$*"; \
 	    echo "Or: cd $(X) && make test SANITIZE=1 ARGS=--test-suite=$*, which names the line that read or wrote too far"; exit 1;; \
 	  *) echo "$*: not yet right. Edit the region, then make check-$* again; make hint-$* (two hints)"; exit 1;; esac; \
 	touch passed; cd ../..; what=why; echo "$*: done. $$($(SAYS))"; \
@@ -167,17 +167,17 @@ hint-%:
 build/class/tests.o: tests.cpp mp.h | packages
 	@mkdir -p build/class
 	@echo "compiling the tests, once for all exercises"
-	$(CLASS) -c tests.cpp -o $@
+	$(CLASS) -O1 -c tests.cpp -o $@
 # A variant of mp.cu in a folder of its own, for .ci/run
 build/class/%/tests: build/class/%/mp.cu mp.h build/class/tests.o
-	$(CLASS) -w -I. -c $< -o build/class/$*/mp.o
+	$(CLASS) -O0 -w -I. -c $< -o build/class/$*/mp.o
 	$(CXX) -pthread build/class/tests.o build/class/$*/mp.o -o $@
 
 # The code blocks of walkthrough.md, from the regions they name: a line <!-- region NAME -->, then the block
 walkthrough:
 	@mkdir -p build
-	@awk 'NR == FNR { if ($$0 ~ /^ *\/\/}/) name = ""; if (name) { line = $$0; if (!count[name]++) indent = match(line, /[^ ]/); \
-	    code[name] = code[name] substr(line, indent) "\n" } if ($$0 ~ /^ *\/\/{ /) { name = $$2; times[name]++ } next } \
+	@awk 'NR == FNR { if ($$0 ~ /^ *\/\/[}]/) name = ""; if (name) { line = $$0; if (!count[name]++) indent = match(line, /[^ ]/); \
+	    code[name] = code[name] substr(line, indent) "\n" } if ($$0 ~ /^ *\/\/[{] /) { name = $$2; times[name]++ } next } \
 	  /^```/ && skip { skip = 0 } !skip { print } \
 	  /^<!-- region / { name = $$3; shown[name]++ } \
 	  /^```cpp/ && name { if (times[name] != 1) { print "walkthrough.md: mp.cu has no one region " name | "cat >&2"; bad = 1 } \
