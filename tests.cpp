@@ -183,11 +183,13 @@ struct Tally {
       if (times == wrong) return s + "\n This is what comes of " + mistake + ".";
     if (zero == wrong) return s + "\n Every wrong result is 0: is something never written?";
     if (nan == wrong)
-      return s + "\n All of them are NaN. NaN stands in the padding, below the last row, and in results not yet written:"
-                 "\n is a bound missing, are rows and columns exchanged, or is something never written?";
+      return s +
+             "\n All of them are NaN. NaN stands in the padding, below the last row, and in results not yet written:"
+             "\n is a bound missing, are rows and columns exchanged, or is something never written?";
     if (cut > 0.9 * double(wrong)) return s + "\n This is what truncation gives: the dropped bits are ignored.";
     if (away == wrong) return s + "\n This is what rounding ties up gives: a tie goes to the even neighbour.";
-    if (wrong == 1 || least_ratio > largest_ratio || !(largest_ratio - least_ratio <= 0.01 * std::fabs(largest_ratio))) return s;
+    if (wrong == 1 || least_ratio > largest_ratio || !(largest_ratio - least_ratio <= 0.01 * std::fabs(largest_ratio)))
+      return s;
     s += text("\n All of them are %.4g times what is wanted", largest_ratio);
     for (auto& [factor, mistake] : known)
       if (std::fabs(largest_ratio / factor - 1) < 0.01) s += text(": %s", mistake);
@@ -289,7 +291,8 @@ static void compare(Tally& tally, const Matrix& got, const Matrix& want, F toler
 static void compare(const std::string& property, const Matrix& got, const Matrix& want, double tolerance = 0,
                     std::vector<std::pair<double, const char*>> known = {}, const Mistaken& mistaken = {}) {
   Tally tally(property, std::move(known));
-  compare(tally, got, want, [&](int, int) { return tolerance; }, mistaken);
+  compare(
+      tally, got, want, [&](int, int) { return tolerance; }, mistaken);
 }
 
 // ---- Whatever the order of a block's threads, and on one OS thread or two, `work` must leave the same bits: a missing
