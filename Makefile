@@ -3,6 +3,7 @@
 # make test       runs all tests;  make test SANITIZE=1 under AddressSanitizer and UBSan
 # make plots      draws data/scale.svg, rate.svg and histogram.svg again
 # make mnist      downloads MNIST into build/mnist;  make digits draws data/ again
+# make exercises  lists the exercises: pieces of mp.cu for you to write, each with a check and two hints
 # make cuda-check compiles for every GPU this nvcc knows, GPU or not;  make gpu tests and measures on one;  make format
 # make clean
 # BACKEND=cpu|cuda forces one;  PORTABLE=1 takes the portable fibers;  CXX=clang++ another compiler
@@ -34,7 +35,7 @@ ifeq ($(BACKEND),cuda)
   FLAGS += -DMP_CUDA
 endif
 
-.PHONY: all run test plots mnist digits cuda-check gpu format clean FORCE
+.PHONY: all run test plots mnist digits cuda-check gpu exercises walkthrough format clean FORCE
 all: $(B)/mp
 	@echo "built $(B)/mp ($(BACKEND)). Next: make run, make test, build/mp --help; walkthrough.md tells the story"
 run: $(B)/mp
@@ -117,6 +118,87 @@ gpu:
 	  build/tests -ts="E*,gemm*,train_step,unscale*,loss*,update*,stochastic*" || exit 1; done
 	build/mp bench
 	for p in fp32 fp16 bf16; do build/mp train --epochs 3 --precision $$p || exit 1; done
+
+# ---- Exercises: the regions of mp.cu, emptied one by one. Their titles, hints and reasons stand in walkthrough.md. ----
+# A check builds for the CPU, not optimised and with the tests compiled once for all exercises: it answers in seconds.
+CLASS = $(CXX) -x c++ -std=c++17 $(WARN) -Wno-unused $(NATIVE) -pthread -fmax-errors=3
+REGIONS = $(shell sed -n 's|^ *//{ \([^ ]*\).*|\1|p' mp.cu)
+X = build/exercise-$*
+LIMIT = 60
+TIMED = $(or $(shell command -v timeout || command -v gtimeout),perl -e 'alarm shift; exec @ARGV') $(LIMIT)
+KNOWN = test -n "$(filter $*,$(REGIONS))" || { echo "no exercise is called $*; make exercises lists them"; exit 1; }
+STARTED = test -d $(X) || { echo "$*: not started. make exercise-$* makes $(X) for you"; exit 1; }
+# Ends with 0 if the region holds code, 1 if it holds none, 2 if its markers are gone.
+HAS_CODE = awk -v name=$$name '/^ *\/\/[}]/ { inside = 0 } inside && !/^ *(\/\/.*)?$$/ { code = 1 } \
+  /^ *\/\/[{] / && $$2 == name { inside = seen = 1 } END { exit !seen ? 2 : !code }' build/exercise-$$name/mp.cu
+# What walkthrough.md says of an exercise: its heading, its title, its reason, a hint.
+SAYS = awk -v name=$$name -v what="$$what" '/^\#/ { heading = $$0; sub(/^\#+ /, "", heading) } /^\*\*Exercise / { mine = ($$2 == name ":") } \
+  mine && what == "heading" { print heading; exit } \
+  mine && what == "title" { sub(/^\*\*Exercise [^ ]* /, ""); sub(/\.?\*\*.*/, ""); print; exit } \
+  mine && what == "why" && sub(/^When it passes: /, "") { print; exit } \
+  /^<\/details>/ { hint = 0 } hint { print } \
+  index($$0, "<details><summary>" name ", " what "<") { hint = 1 }' walkthrough.md
+exercises:
+	@for name in $(REGIONS); do at=build/exercise-$$name; what=title; \
+	  if ! test -d $$at || ! $(HAS_CODE); then state="not started"; \
+	  elif test $$at/passed -nt $$at/mp.cu; then state=done; \
+	  elif test $$at/tried -nt $$at/mp.cu; then state="tried, fails"; else state="not checked"; fi; \
+	  printf '%-12s  %-19s  %s\n' "$$state" $$name "$$($(SAYS))"; done
+	@echo "Begin one with make exercise-NAME; edit build/exercise-NAME/mp.cu; make check-NAME; make hint-NAME"
+exercise-%:
+	@$(KNOWN)
+	@test ! -e $(X) || { echo "$(X) holds your work and stays. To begin anew: rm -r $(X), then make exercise-$*"; exit 1; }
+	@mkdir -p $(X) && cp Makefile mp.h tests.cpp walkthrough.md $(X) && ln -s ../../data $(X)/data
+	@awk -v name=$* '/^ *\/\/[}]/ { inside = 0 } !inside { print } /^ *\/\/[{] / && $$2 == name \
+	  { inside = 1; sub(/\/\/.*/, "// your code"); print }' mp.cu > $(X)/mp.cu
+	@name=$*; what=title; echo "$*: $$($(SAYS))"; what=heading; echo "walkthrough.md, $$($(SAYS))"; \
+	  echo "Write your code in $(X)/mp.cu, line $$(grep -n '// your code' $(X)/mp.cu | cut -d: -f1), between //{ $* and //}; then make check-$*"
+check-%:
+	@$(KNOWN)
+	@$(STARTED)
+	@name=$*; $(HAS_CODE); case $$? in \
+	  1) echo "$*: not started: the region in $(X)/mp.cu is still empty. make hint-$* helps"; exit 1;; \
+	  2) echo "$*: the lines //{ $* and //} are gone from $(X)/mp.cu: put them back around your code"; exit 1;; esac
+	@$(MAKE) -s build/class/tests.o
+	@name=$*; what=heading; touch $(X)/tried; rm -f $(X)/passed; \
+	echo "$*   $(X)/mp.cu:$$(grep -n '^ *//{ $*\( \|$$\)' $(X)/mp.cu | cut -d: -f1)   walkthrough.md, $$($(SAYS))"; cd $(X); \
+	tests=../class/tests.o; cmp -s mp.h ../../mp.h && cmp -s tests.cpp ../../tests.cpp || \
+	  { tests=tests.o; $(CLASS) -O1 -c tests.cpp -o tests.o || exit 1; }; \
+	$(CLASS) -O0 -g -c mp.cu -o mp.o 2>errors || { head -30 errors; echo "$*: mp.cu does not compile. Begin with the first error"; exit 1; }; \
+	cat errors; $(CXX) -pthread $$tests mp.o -o tests || exit 1; \
+	$(TIMED) ./tests --test-suite=$* --reporters=student; \
+	case $$? in 0) ;; \
+	  124|142) echo "$*: stopped after $(LIMIT) seconds: a loop that never ends, or threads that wait for each other?"; exit 1;; \
+	  135|136|137|138|139) echo "$*: crashed. Where? gdb -ex run --args $(X)/tests --test-suite=$*"; \
+	    echo "Or: cd $(X) && make test SANITIZE=1 ARGS=--test-suite=$*, which names the line that read or wrote too far"; exit 1;; \
+	  *) echo "$*: not yet right. Edit the region, then make check-$* again; make hint-$* (two hints)"; exit 1;; esac; \
+	touch passed; cd ../..; what=why; echo "$*: done. $$($(SAYS))"; \
+	following=$$(echo $(REGIONS) | awk -v name=$* '{ for (i = 1; i < NF; i++) if ($$i == name) print $$(i + 1) }'); test -z "$$following" || echo "Next: make exercise-$$following"
+hint-%:
+	@$(KNOWN)
+	@$(STARTED)
+	@name=$*; what="hint 1"; test ! -e $(X)/hinted || what="hint 2"; touch $(X)/hinted; echo "$$what of 2:"; $(SAYS) | sed '/^$$/d'
+build/class/tests.o: tests.cpp mp.h | packages
+	@mkdir -p build/class
+	@echo "compiling the tests, once for all exercises"
+	$(CLASS) -O1 -c tests.cpp -o $@
+# A variant of mp.cu in a folder of its own, for .ci/run
+build/class/%/tests: build/class/%/mp.cu mp.h build/class/tests.o
+	$(CLASS) -O0 -w -I. -c $< -o build/class/$*/mp.o
+	$(CXX) -pthread build/class/tests.o build/class/$*/mp.o -o $@
+
+# The code blocks of walkthrough.md, from the regions they name: a line <!-- region NAME -->, then the block
+walkthrough:
+	@mkdir -p build
+	@awk 'NR == FNR { if ($$0 ~ /^ *\/\/[}]/) name = ""; if (name) { line = $$0; if (!count[name]++) indent = match(line, /[^ ]/); \
+	    code[name] = code[name] substr(line, indent) "\n" } if ($$0 ~ /^ *\/\/[{] /) { name = $$2; times[name]++ } next } \
+	  /^```/ && skip { skip = 0 } !skip { print } \
+	  /^<!-- region / { name = $$3; shown[name]++ } \
+	  /^```cpp/ && name { if (times[name] != 1) { print "walkthrough.md: mp.cu has no one region " name | "cat >&2"; bad = 1 } \
+	    printf "%s", code[name]; skip = 1; name = "" } \
+	  END { for (name in times) if (shown[name] != 1) { print "walkthrough.md: region " name " is shown " shown[name] + 0 " times" | "cat >&2"; bad = 1 } \
+	    exit bad }' mp.cu walkthrough.md > build/walkthrough.md
+	@cmp -s build/walkthrough.md walkthrough.md || cp build/walkthrough.md walkthrough.md
 format:
 	clang-format -i mp.h mp.cu tests.cpp data/digits.cpp
 clean:

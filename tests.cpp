@@ -20,6 +20,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <sstream>
 #include <tuple>
@@ -94,6 +95,47 @@ static const Format* format_of(Type type) {  // nullptr: fp32, nothing is rounde
 static const char* name_of(Type type) { return format_of(type) ? format_of(type)->name : "float"; }
 static const std::vector<Type> types = {Type::fp32, Type::fp16, Type::bf16}, types_16 = {Type::fp16, Type::bf16};
 
+// ---- The reporter of `make check-NAME`: a line a test, and of one that fails the first message, which a Tally wrote ----
+struct ForStudents : doctest::IReporter {
+  const doctest::TestCaseData* test = nullptr;
+  std::string first;
+  int failures = 0;
+  explicit ForStudents(const doctest::ContextOptions&) {}
+  void failed(const std::string& why) {
+    if (!failures++) first = why;
+  }
+  void report_query(const doctest::QueryData&) override {}
+  void test_run_start() override {}
+  void test_run_end(const doctest::TestRunStats&) override {}
+  void test_case_start(const doctest::TestCaseData& t) override { test = &t, failures = 0; }
+  void test_case_reenter(const doctest::TestCaseData&) override {}
+  void test_case_end(const doctest::CurrentTestCaseStats&) override {
+    printf("  %-5s %s\n", failures ? "FAIL" : "ok", test->m_name);
+    std::istringstream lines(first);
+    for (std::string line; failures && std::getline(lines, line);) printf("          %s\n", line.c_str());
+    if (failures > 1) printf("          and %d more checks of this test fail\n", failures - 1);
+    fflush(stdout);  // what follows may never end
+  }
+  void test_case_exception(const doctest::TestCaseException& e_) override {
+    failed(std::string(e_.is_crash ? "crashed: " : "stopped: ") + e_.error_string.c_str());
+    if (e_.is_crash) test_case_end({});
+  }
+  void subcase_start(const doctest::SubcaseSignature&) override {}
+  void subcase_end() override {}
+  void test_case_skipped(const doctest::TestCaseData&) override {}
+  void log_message(const doctest::MessageData& m) override { failed(m.m_string.c_str()); }
+  void log_assert(const doctest::AssertData& a) override {
+    if (!a.m_failed) return;
+    std::ostringstream why;
+    for (int i = 0; i < get_num_active_contexts(); i++) get_active_contexts()[i]->stringify(&why), why << "\n";
+    if (why.tellp() <= 0)
+      why << a.m_file << ":" << a.m_line << ": " << a.m_expr << " is not so: " << a.m_decomp.c_str();
+    if (a.m_threw) why << " it stopped: " << a.m_exception.c_str();
+    failed(why.str());
+  }
+};
+REGISTER_REPORTER("student", 1, ForStudents);
+
 // ---- Tally: one property over many values, judged when it goes out of scope. It says how many fail, which is the
 // smallest or first, and which usual mistake would do that. --------------------------------------------------------
 struct Tally {
@@ -102,6 +144,8 @@ struct Tally {
   long total = 0, wrong = 0, cut = 0, away = 0, zero = 0;
   double smallest = infinite, least_ratio = infinite, largest_ratio = -infinite;
   std::string first = {};
+  std::map<std::string, long> fits = {};  // how many wrong results are what a usual mistake would give
+  long nan = 0;
   explicit Tally(std::string what, std::vector<std::pair<double, const char*>> factors = {})
       : property(std::move(what)), known(std::move(factors)) {}
   Tally(const Tally&) = delete;
@@ -123,20 +167,29 @@ struct Tally {
           text("input  %.9g (0x%08x)%s\n got    0x%04x = %.9g\n want   0x%04x = %.9g", x, same_bits<uint32_t>(float(x)),
                tie ? ", halfway between two neighbours" : "", got, f.decode(got), want, f.decode(want)));
   }
-  void near(double got, double want, double tolerance, int row = 0, int col = 0) {
+  using Mistakes = std::vector<std::pair<const char*, double>>;  // what each would give instead of `want`
+  void near(double got, double want, double tolerance, int row = 0, int col = 0, const Mistakes& mistakes = {}) {
     total++;
     if ((std::isnan(want) && std::isnan(got)) || got == want || std::fabs(got - want) <= tolerance) return;
-    zero += got == 0;
+    zero += got == 0, nan += std::isnan(got);
+    for (auto& [mistake, value] : mistakes) fits[mistake] += got == value || std::fabs(got - value) <= tolerance;
     least_ratio = std::min(least_ratio, got / want), largest_ratio = std::max(largest_ratio, got / want);
     if (wrong++) return;
     first = text("[%d, %d]\n got    %.9g\n want   %.9g, to %.2g", row, col, got, want, tolerance);
   }
   std::string words() const {
     std::string s = text("%s: %ld of %ld wrong; the smallest or first:\n ", property.c_str(), wrong, total) + first;
-    if (zero == wrong) return s + "\n Every wrong result is 0: is the region still empty?";
-    if (cut == wrong) return s + "\n This is what truncation gives: the dropped bits are ignored.";
+    for (auto& [mistake, times] : fits)
+      if (times == wrong) return s + "\n This is what comes of " + mistake + ".";
+    if (zero == wrong) return s + "\n Every wrong result is 0: is something never written?";
+    if (nan == wrong)
+      return s +
+             "\n All of them are NaN. NaN stands in the padding, below the last row, and in results not yet written:"
+             "\n is a bound missing, are rows and columns exchanged, or is something never written?";
+    if (cut > 0.9 * double(wrong)) return s + "\n This is what truncation gives: the dropped bits are ignored.";
     if (away == wrong) return s + "\n This is what rounding ties up gives: a tie goes to the even neighbour.";
-    if (wrong == 1 || !(largest_ratio - least_ratio <= 0.01 * std::fabs(largest_ratio))) return s;
+    if (wrong == 1 || least_ratio > largest_ratio || !(largest_ratio - least_ratio <= 0.01 * std::fabs(largest_ratio)))
+      return s;
     s += text("\n All of them are %.4g times what is wanted", largest_ratio);
     for (auto& [factor, mistake] : known)
       if (std::fabs(largest_ratio / factor - 1) < 0.01) s += text(": %s", mistake);
@@ -224,15 +277,22 @@ template <class T> static Tensor on_device(const std::vector<T>& values) {  // d
   const Tensor t = make_tensor(1, int(words.size()), Type::fp32);
   return to_device(words, t), t;
 }
-template <class F> static void compare(Tally& tally, const Matrix& got, const Matrix& want, F tolerance) {
+using Mistaken = std::vector<std::pair<const char*, Matrix>>;  // usual mistakes, and what they give instead of `want`
+template <class F>
+static void compare(Tally& tally, const Matrix& got, const Matrix& want, F tolerance, const Mistaken& mistaken = {}) {
   REQUIRE(got.v.size() == want.v.size());
   for (int r = 0; r < got.rows; r++)
-    for (int c = 0; c < got.cols; c++) tally.near(got(r, c), want(r, c), tolerance(r, c), r, c);
+    for (int c = 0; c < got.cols; c++) {
+      Tally::Mistakes here;
+      for (auto& [mistake, m] : mistaken) here.emplace_back(mistake, m(r, c));
+      tally.near(got(r, c), want(r, c), tolerance(r, c), r, c, here);
+    }
 }
 static void compare(const std::string& property, const Matrix& got, const Matrix& want, double tolerance = 0,
-                    std::vector<std::pair<double, const char*>> known = {}) {
+                    std::vector<std::pair<double, const char*>> known = {}, const Mistaken& mistaken = {}) {
   Tally tally(property, std::move(known));
-  compare(tally, got, want, [&](int, int) { return tolerance; });
+  compare(
+      tally, got, want, [&](int, int) { return tolerance; }, mistaken);
 }
 
 // ---- Whatever the order of a block's threads, and on one OS thread or two, `work` must leave the same bits: a missing
@@ -792,7 +852,13 @@ TEST_SUITE("E2") {
           net.layer[l].a = make_tensor(6, model.a[l].cols, type), put(net.layer[l].a, Matrix(), 7);
           forward(net, l);
           const char* f = relu && l < net.L ? "f = ReLU" : "no f";
-          compare(text("%s, layer %d, %s", name_of(type), l, f), get(net.layer[l].a, 4), model.a[l]);
+          Model no_bias = model, no_f = model, f_everywhere = model;
+          no_bias.b[l] = Matrix(1, no_bias.b[l].cols), no_bias.forward(l), no_f.relu = false, no_f.forward(l);
+          f_everywhere.L++, f_everywhere.relu = true, f_everywhere.forward(l);
+          compare(text("%s, layer %d, %s", name_of(type), l, f), get(net.layer[l].a, 4), model.a[l], 0, {},
+                  {{"a forgotten bias", no_bias.a[l]},
+                   {"a forgotten activation f", no_f.a[l]},
+                   {"an f where there should be none", f_everywhere.a[l]}});
           CHECK_MESSAGE(get(net.layer[l].a)(4, 0) == 7, "a row that is not of this batch was written");
         }
       }
@@ -872,8 +938,12 @@ TEST_SUITE("E4") {
           net.layer[l - 1].delta = make_tensor(6, model.delta[l - 1].cols, type),
                         put(net.layer[l - 1].delta, Matrix(), 7);
           backward(net, l);
+          Model no_mask = model, mask = model;
+          no_mask.relu = false, no_mask.backward(l), mask.relu = true, mask.backward(l);
           compare(text("%s, layer %d, %s", name_of(type), l, relu ? "ReLU" : "no activation"),
-                  get(net.layer[l - 1].delta, 4), model.delta[l - 1]);
+                  get(net.layer[l - 1].delta, 4), model.delta[l - 1], 0, {},
+                  {{"the article's formula, which leaves f' out", no_mask.delta[l - 1]},
+                   {"an f' where there is no activation", mask.delta[l - 1]}});
           CHECK_MESSAGE(get(net.layer[l - 1].delta)(4, 0) == 7, "a row that is not of this batch was written");
         }
       }
@@ -1256,7 +1326,7 @@ static void check_update(Update rule, Type type) {
   const Layer& layer = net.layer[1];
   const Tensor kept = rule == Update::master ? layer.master : layer.weights;
   const float lr = 0.013f, inverse = float(1 / 1000.0);
-  Tally weights(text("%s: [step, weight]", name_of(type)));
+  Tally weights(text("%s: [step, weight]", name_of(type))), owes(text("%s: its compensation", name_of(type)));
   for (int step = 0; step < 20; step++) {
     put(layer.gradients, random_matrix(random, 1, layer.gradients.cols, 30 * (step + 1)));
     const Matrix none(1, kept.cols), w = get(kept), g = get(layer.gradients);
@@ -1269,7 +1339,16 @@ static void check_update(Update rule, Type type) {
       Weight want = updated(rule, type, {w(0, i), c(0, i)}, gradient, lr, true);
       const Weight unfused = updated(rule, type, {w(0, i), c(0, i)}, gradient, lr, false);
       if (got(0, i) == unfused.w && owed(0, i) == unfused.c) want = unfused;
-      weights.near(got(0, i), want.w, 0, step, i), weights.near(owed(0, i), want.c, 0, step, i);
+      const Weight scaled = updated(rule, type, {w(0, i), c(0, i)}, gradient * 1000, lr, true);
+      const Weight uphill = updated(rule, type, {w(0, i), c(0, i)}, -gradient, lr, true);
+      const Weight forgetful = updated(rule, type, {w(0, i), 0}, gradient, lr, true);
+      weights.near(got(0, i), want.w, 0, step, i,
+                   {{"a gradient with the loss scale still in it", scaled.w},
+                    {"a step uphill: w + lr g instead of w - lr g", uphill.w},
+                    {"leaving out what the last steps still owe", forgetful.w},
+                    {"a weight that is never written", w(0, i)}});
+      owes.near(owed(0, i), want.c, 0, step, i,
+                {{"the wrong sign of what was lost", -want.c}, {"a compensation never written", c(0, i)}});
     }
     compare(text("%s: the compute copy", name_of(type)), get(layer.weights), rounded(got, type));
   }
