@@ -551,7 +551,7 @@ template <Layout layout, class T, int BM, int BN, int stages> __global__ void __
   UNROLL for (int m = 0; m < MS; m++) UNROLL for (int n = 0; n < 2 * NS; n++) UNROLL for (int i = 0; i < 4; i += 2) {
     const int row = wm + m * 16 + lane / 4 + i * 4, col = wn + n * 8 + lane % 4 * 2;
     float c[2] = {d[m][n][i], d[m][n][i + 1]};
-    if (row < M && col < N) finish<T>(p, m0 + row, n0 + col, c);
+    if (row < M && n0 + col < p.stride_c) finish<T>(p, m0 + row, n0 + col, c);  // the padding gets zeros
   }
 }
 
@@ -840,12 +840,12 @@ template <class T> static std::shared_ptr<T> on_device(const std::vector<T>& val
   return memory;
 }
 
-// For the sums of launch_split(): as much as the largest product has asked for
+// For the sums of launch_split(): as much as the largest product has asked for. Recorded steps may point to older rooms.
 static float* room_for_parts(size_t count) {
-  static std::shared_ptr<float> room;
+  static std::vector<std::shared_ptr<float>> rooms;
   static size_t size = 0;
-  if (count > size) room = device_array<float>(count), size = count;
-  return room.get();
+  if (count > size) rooms.push_back(device_array<float>(count)), size = count;
+  return rooms.back().get();
 }
 static int padded(int cols) { return (cols + 7) / 8 * 8; }
 Tensor make_tensor(int rows, int cols, Type type) {
