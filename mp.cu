@@ -263,8 +263,6 @@ void loss(Mlp& net, LossScaler& scaler) {
 }
 
 // ==== 4.2.1 E2: forward, z = a W^T + b, a = f(z) =====================================================================
-// The article's z = W a for a batch of rows, with the bias and the activation that it leaves out. z itself is not kept:
-// it is the argument of f alone, and ReLU's derivative can be read off a.
 // Where a layer's type is not that of the one before (--precision auto), what passes between them is converted.
 template <class From, class To> __global__ void convert_kernel(const From* from, To* to, int n) {
   const Share share = my_share(n);
@@ -288,6 +286,8 @@ static void convert(const Tensor& from, const Tensor& to) {  // of one shape
 static const Tensor& input_of(const Mlp& net, int l) {
   return net.layer[l].input.memory ? net.layer[l].input : net.layer[l - 1].a;
 }
+// The article's z = W a for a batch of rows, with the bias and the activation that it leaves out. z itself is not kept:
+// it is the argument of f alone, and ReLU's derivative can be read off a.
 void forward(Mlp& net, int l) {
   const Layer& layer = net.layer[l];
   if (layer.input.memory) convert(net.layer[l - 1].a, layer.input);
