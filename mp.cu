@@ -349,14 +349,20 @@ void backward(Mlp& net, int l) {
 }
 
 // ==== 4.2.3 E5: the weight gradient, dW = delta^T a, db = column sums of delta =======================================
-template <class T> __global__ void column_sums_kernel(Matrix<T> delta, T* db) {
-  const int col = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-  if (col >= delta.stride) return;
+template <class T> __global__ void column_sums_kernel(Matrix<T> delta, T* db) {  // a block for 8 columns
+  __shared__ float part[column_threads][8];
+  poison_shared(part);
+  const int thread = threadIdx.x, col = blockIdx.x * 8;
   float sum[8] = {}, x[8];
-  for (int row = 0; row < delta.rows; row++) {
+  for (int row = thread; row < delta.rows; row += column_threads) {
     load(delta.row(row) + col, x);
     UNROLL for (int j = 0; j < 8; j++) sum[j] += x[j];
   }
+  for (int j = 0; j < 8; j++) part[thread][j] = sum[j];
+  __syncthreads();
+  if (thread > 0) return;
+  for (int i = 1; i < column_threads; i++)
+    for (int j = 0; j < 8; j++) sum[j] += part[i][j];  // in a fixed order
   store(db + col, sum);
 }
 void weight_gradient(Mlp& net, int l) {
@@ -366,7 +372,7 @@ void weight_gradient(Mlp& net, int l) {
   gemm(Layout::AtB, delta, a_before, layer.dW);  // the sum over the batch is the product's own
   with_type(layer.type, [&](auto zero) {
     using T = decltype(zero);
-    launch(column_sums_kernel<T>, unsigned(delta.stride / 8 + 31) / 32, 32, matrix<T>(delta), layer.db.as<T>());
+    launch(column_sums_kernel<T>, unsigned(delta.stride / 8), column_threads, matrix<T>(delta), layer.db.as<T>());
   });
   //}
 }
@@ -2565,7 +2571,8 @@ static void print_help() {
     printf("%-42s %s%s\n", left.c_str(), option.help, value.empty() ? "" : (" [" + value + "]").c_str());
   }
   printf(
-      "\nMP_THREADS=N uses N threads of a CPU; MP_ORDER=forward|backward|N the order in which it runs a block's "
+      "\nMP_GEMM=naive|tiled|mma picks a rung of the matrix product; MP_THREADS=N uses N threads of a CPU; "
+      "MP_ORDER=forward|backward|N the order in which it runs a block's "
       "threads.\n");
 }
 static Options parse(const std::string& command, const std::vector<std::string>& words) {

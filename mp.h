@@ -212,7 +212,7 @@ void write_safetensors(const std::string& path, const SafeTensors& file);
 // ---- On an NVIDIA GPU, compiled by nvcc --------------------------------------------------------------------------
 #if defined(__CUDACC__)
 #define UNROLL _Pragma("unroll")
-constexpr int row_threads = 64, element_threads = 256, elements_per_block = 2048;
+constexpr int row_threads = 64, column_threads = 64, element_threads = 256, elements_per_block = 2048;
 constexpr int WIDE = 8, WIDES = 1;  // a thread of gemm_tiled holds 8 rows of WIDES * WIDE results in registers
 constexpr int LARGE = 128, SMALL = 64, DEPTH = 16;  // its tiles: LARGE^2 results where they fill the chip, DEPTH of K
 constexpr int load_rows = 1, load_cols = 8;         // what a thread loads at once,
@@ -296,9 +296,14 @@ inline int device_attribute(cudaDeviceAttr what) {
   return value;
 }
 constexpr bool real_tensor_cores = true, launches_wait = false;  // launch() returns before the kernel has run
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int multiprocessors() {
+  static const int count = device_attribute(cudaDevAttrMultiProcessorCount);
+  return count;
+}
 inline int compute_capability() {  // 75 for sm_75
-  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+  static const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  static const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
+  return 10 * major + minor;
 }
 inline cudaStream_t stream() {  // one, for only a stream of one's own can be captured; copies wait for it
   static const cudaStream_t s = [] {
@@ -311,7 +316,7 @@ inline cudaStream_t stream() {  // one, for only a stream of one's own can be ca
 // A step launched again and again: plainly the first time, then recorded, and from then on replayed as a whole.
 struct Graph {
   bool warm = false;
-  cudaGraphExec_t recorded = nullptr;
+  std::shared_ptr<std::remove_pointer_t<cudaGraphExec_t>> recorded;
 };
 template <class F> void replay(Graph& graph, F step) {
   const auto must = [](cudaError_t error) {
@@ -323,10 +328,12 @@ template <class F> void replay(Graph& graph, F step) {
     must(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeGlobal));
     step();
     must(cudaStreamEndCapture(stream(), &nodes));
-    must(cudaGraphInstantiateWithFlags(&graph.recorded, nodes, 0));
+    cudaGraphExec_t recorded = nullptr;
+    must(cudaGraphInstantiateWithFlags(&recorded, nodes, 0));
     must(cudaGraphDestroy(nodes));
+    graph.recorded.reset(recorded, cudaGraphExecDestroy);
   }
-  must(cudaGraphLaunch(graph.recorded, stream()));
+  must(cudaGraphLaunch(graph.recorded.get(), stream()));
 }
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
   kernel<<<grid, block, 0, stream()>>>(args...);
@@ -415,7 +422,7 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
 }
 
 // A register tile's rows are vectors of the machine; element-wise kernels have one thread a block, and many elements.
-constexpr int row_threads = 8, element_threads = 1, elements_per_block = 8192;
+constexpr int row_threads = 8, column_threads = 1, element_threads = 1, elements_per_block = 8192;
 #if defined(__AVX512F__)
 constexpr int WIDE = 16, WIDES = 2;  // 16 of the 32 vector registers hold sums
 #else

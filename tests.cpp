@@ -1113,6 +1113,33 @@ TEST_SUITE("gemm_naive") {
   TEST_CASE("the order of the threads does not matter") { check_orders(gemm_naive); }
   TEST_CASE("operands that do not fit are refused") { check_refusals(gemm_naive); }
 }
+// Of a size for which a GPU takes the large tiles, against the naive kernel: the reference in fp64 would take minutes.
+static void check_large(const Gemm& gemm, const std::vector<Type>& of_types) {
+#if defined(MP_CUDA)
+  const int M = 2053, N = 2061, K = 70;
+#else
+  const int M = 261, N = 203, K = 70;
+#endif
+  Random random{22};
+  const Matrix A = random_matrix(random, M, K, 1), B = random_matrix(random, N, K, 1);
+  for (Type type : of_types)
+    for (auto [layout, formula] : layouts) {
+      const Tensor a = operand(A, type, layout == Layout::AtB), b = operand(B, type, layout != Layout::ABt);
+      const Tensor C = make_tensor(M, N, type), want = make_tensor(M, N, type);
+      put(C, Matrix(), NAN);
+      gemm(layout, a, b, C, {}), gemm_naive(layout, a, b, want);
+      const std::vector<float> got = to_host(C), naive = to_host(want);
+      size_t wrong =
+          0;  // both sums within K e |sum| of the truth, K terms of at most 4 x 4; then rounded, each its way
+      for (size_t i = 0; i < got.size(); i++) {
+        const double sum = 2. * K * e * 16 * K;
+        const double step = format_of(type) ? 2 * format_of(type)->half_step(std::fabs(naive[i]) + sum) : 0;
+        wrong += !(std::fabs(got[i] - naive[i]) <= sum + step);
+      }
+      INFO(formula, ", ", name_of(type));
+      CHECK(wrong == 0);
+    }
+}
 static Gemm with_splits(decltype(&gemm_tiled) gemm, int splits) {
   return [=](Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue) {
     gemm(layout, A, B, C, epilogue, splits);
@@ -1123,6 +1150,7 @@ TEST_SUITE("gemm_tiled") {
     check_products(with_splits(gemm_tiled, 0));
   }
   TEST_CASE("K shared out to several blocks") { check_products(with_splits(gemm_tiled, 3)); }
+  TEST_CASE("large products") { check_large(with_splits(gemm_tiled, 0), types); }
   TEST_CASE("NaN and infinity stay") { check_not_finite(with_splits(gemm_tiled, 0)); }
   TEST_CASE("the order of the threads does not matter") {
     for (int splits : {1, 3}) check_orders(with_splits(gemm_tiled, splits));
@@ -1140,6 +1168,7 @@ TEST_SUITE("gemm_mma") {
     check_products(with_splits(gemm_mma, 0), mma_types());
   }
   TEST_CASE("K shared out to several blocks") { check_products(with_splits(gemm_mma, 3), mma_types()); }
+  TEST_CASE("large products") { check_large(with_splits(gemm_mma, 0), mma_types()); }
   TEST_CASE("NaN and infinity stay") { check_not_finite(with_splits(gemm_mma, 0), mma_types()); }
   TEST_CASE("the order of the threads does not matter" * doctest::skip(!tensor_cores(Type::fp16))) {
     for (int splits : {1, 3}) check_orders(with_splits(gemm_mma, splits));
