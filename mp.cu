@@ -2442,7 +2442,7 @@ static void bench_product(Layout layout, int M, int N, int K, Type type, double 
     double& before = rate_before[std::string(name) + type_name];
     const bool too_slow = before > 0 && flops / before > 0.5;
     if (!product || (!strcmp(name, "mma") && !tensor_cores(type)) || too_slow) continue;
-    const Seconds s = time_of(0, [&] { product(layout, A, B, C); });
+    const Seconds s = time_of(0, [&, &multiply = product] { multiply(layout, A, B, C); });
     const double rate = before = flops / s.median;
     if (!strcmp(name, "cuBLAS")) of_cublas = rate;
     const double full = of_cublas > 0 ? of_cublas : peak;
