@@ -824,6 +824,14 @@ void fail(const char* format, ...) {
   }
   throw Error(text);
 }
+__attribute__((format(printf, 1, 2))) static std::string format(const char* words, ...) {
+  char text[600];
+  va_list arguments;
+  va_start(arguments, words);
+  vsnprintf(text, sizeof text, words, arguments);
+  va_end(arguments);
+  return text;
+}
 
 #define CHECK(call) check(call, #call, __FILE__, __LINE__)
 static void check(cudaError_t error, const char* call, const char* file, int line) {
@@ -1040,9 +1048,8 @@ std::vector<Probe> probe(const Mlp& net, const Batch& batch, float scale) {
 // The rule: why layer l needs fp32, or "". An input or activation that fp16 cannot hold ruins every step, and so does an
 // infinite gradient under a fixed scale (a dynamic one halves itself, which costs a step). Small gradients are lost one by
 // one. Of dW count those that would become 0 or lose bits, below 2^-14; of delta, whose errors average out in dW's sum,
-// only those that would become 0. The limit, 50 %: 15 epochs of data/ with a
-// dynamic scale show up to 3 and 9 %, and fp16 learns as well as fp32; MNIST at a scale of 2^-16, where it does not,
-// shows 100 and 70 % and more.
+// only those that would become 0. The limit, 50 %: 15 epochs of data/ with a dynamic scale show up to 3 and 9 %, and fp16
+// learns as well as fp32; MNIST at a scale of 2^-16, where it does not, shows 100 and 70 % and more.
 std::string trouble(const std::vector<Probe>& seen, int l, bool dynamic, double limit, int headroom) {
   char text[120] = "";
   const auto overflow = [&](const char* what, const Exponents& e) {
@@ -1538,14 +1545,13 @@ static int choice(const std::string& text, const std::vector<std::string>& names
   if (i == names.size()) misuse("must be one of " + list);
   return int(i);
 }
-static std::vector<int> layer_sizes(const std::string& text) {
-  std::vector<int> sizes;
+static std::vector<int> whole_numbers(const std::string& text, double least, double most) {  // 784,128,10
+  std::vector<int> numbers;
   for (size_t from = 0, to; from <= text.size(); from = to + 1) {
     to = std::min(text.find(',', from), text.size());
-    sizes.push_back(int(whole(text.substr(from, to - from), 1, 1e6)));
+    numbers.push_back(int(whole(text.substr(from, to - from), least, most)));
   }
-  if (sizes.size() < 2) misuse("needs at least an input and an output, such as 784,10");
-  return sizes;
+  return numbers;
 }
 
 struct Option {
@@ -1562,7 +1568,8 @@ static const Option option_table[] = {
   {"data", "DIR", "train.png and test.png, sheets of digits, or MNIST's four files", false,
     [](O& o, const S& s) { o.data = s; }, [](const O& o) { return o.data; }},
   {"layers", "N,N,...", "sizes: pixels, hidden layers, classes", true,
-    [](O& o, const S& s) { o.layers = layer_sizes(s); }, [](const O& o) { return joined(o.layers, ","); }},
+    [](O& o, const S& s) { o.layers = whole_numbers(s, 1, 1e6); if (o.layers.size() < 2) misuse("needs at least an input and an output, such as 784,10"); },
+    [](const O& o) { return joined(o.layers, ","); }},
   {"precision", "fp32|fp16|bf16|auto", "of all but masters, sums, loss, update; auto: by layer", true,
     [](O& o, const S& s) { const int i = choice(s, type_names); o.automatic = i == 3; o.precision = i == 3 ? Type::fp16 : Type(i); },
     [](const O& o) { return type_names[o.automatic ? 3 : int(o.precision)]; }},
@@ -1654,11 +1661,9 @@ static void save_checkpoint(const std::string& path, const Options& o, const Tra
     if (layer.compensation.memory)
       file.tensors.push_back({name_of(l, "compensation"), {layer.compensation.cols}, to_host(layer.compensation)});
   }
-  for (int l = 1; o.automatic && l <= t.net.L; l++) {
-    const std::string before = l > 1 ? "," : "";
-    file.metadata["types"] += before + type_names[int(t.net.layer[l].type)];
-    file.metadata["clean"] += before + std::to_string(t.net.layer[l].clean_probes);
-  }
+  std::vector<int> clean;
+  for (int l = 1; l <= t.net.L; l++) clean.push_back(t.net.layer[l].clean_probes);
+  if (o.automatic) file.metadata["clean-probes"] = joined(clean, ",");
   write_safetensors(path, file);
 }
 
@@ -1713,25 +1718,20 @@ static void read_metadata(const SafeTensors& file, const std::string& path, cons
     fail("%s: its %s '%s' %s; the file is damaged", path.c_str(), name, entry->second.c_str(), error.what());
   }
 }
-// The map of --precision auto
-static void take_types(Mlp& net, const SafeTensors& file, const std::string& path) {
-  const auto each = [&](const char* name, auto use) {  // use(l, word) for the words of a list, one a layer
-    if (!file.metadata.count(name)) return;            // not saved by auto: every layer begins in fp16
-    read_metadata(file, path, name, [&](const std::string& text) {
-      std::istringstream words(text);
-      std::string word;
-      int l = 0;
-      while (std::getline(words, word, ',')) {
-        if (++l > net.L) break;
-        use(l, word);
-      }
-      if (l != net.L) misuse("must have a word for each layer");
-    });
-  };
-  std::vector<Type> types(net.L, Type::fp16);
-  each("types", [&](int l, const std::string& word) { types[l - 1] = Type(choice(word, {"fp32", "fp16"})); });
-  each("clean", [&](int l, const std::string& word) { net.layer[l].clean_probes = int(whole(word, 0, 2)); });
+// The map of --precision auto: a layer is in fp16 after two clean probes, and at first.
+static void set_types(Mlp& net) {
+  std::vector<Type> types;
+  for (int l = 1; l <= net.L; l++) types.push_back(net.layer[l].clean_probes < 2 ? Type::fp32 : Type::fp16);
   set_types(net, types);
+}
+static void take_types(Mlp& net, const SafeTensors& file, const std::string& path) {
+  if (!file.metadata.count("clean-probes")) return;  // not saved by auto
+  read_metadata(file, path, "clean-probes", [&](const std::string& text) {
+    const std::vector<int> clean = whole_numbers(text, 0, 2);
+    if (int(clean.size()) != net.L) misuse("must have a number for each layer");
+    for (int l = 1; l <= net.L; l++) net.layer[l].clean_probes = clean[l - 1];
+  });
+  set_types(net);
 }
 // The options that a checkpoint remembers, but for those on the command line
 static void take_options(Options& o, const SafeTensors& file, const std::string& path) {
@@ -1944,31 +1944,30 @@ static void show_progress(const Run& run, int done, double since) {
 static void choose_types(Run& run) {
   Mlp& net = run.t.net;
   const std::vector<Probe> seen = probe(net, run.batch, run.t.state.scale);
-  std::vector<Type> types;
+  bool moved = false;
   for (int l = 1; l <= net.L; l++) {
     Layer& layer = net.layer[l];
-    const std::string why = trouble(seen, l, run.o.dynamic(), run.o.vanish_limit / 100,
-                                    layer.type == Type::fp32 ? 3 : 0);  // back only with room to spare
+    const bool wide = layer.type == Type::fp32;  // back only with room to spare: 3 bits
+    const std::string why = trouble(seen, l, run.o.dynamic(), run.o.vanish_limit / 100, wide ? 3 : 0);
     layer.clean_probes = why.empty() ? std::min(layer.clean_probes + 1, 2) : 0;
-    types.push_back(!why.empty() ? Type::fp32 : layer.clean_probes >= 2 ? Type::fp16 : layer.type);
-    if (types.back() == layer.type || run.quiet) continue;
-    printf("       layer %d %s, at scale %g\n", l,
-           why.empty() ? "back to fp16: two probes found nothing" : ("to fp32: " + why).c_str(), run.t.state.scale);
+    if (wide == (layer.clean_probes < 2)) continue;
+    moved = true;
+    if (!run.quiet)
+      printf("       layer %d %s, at scale %g\n", l,
+             wide ? "back to fp16: two probes found nothing" : ("to fp32: " + why).c_str(), run.t.state.scale);
   }
-  for (int l = 1; l <= net.L; l++)
-    if (types[l - 1] != net.layer[l].type) return set_types(net, types), void(run.graph = Graph());  // recorded anew
+  if (moved) set_types(net), run.graph = Graph();  // recorded anew
 }
 static std::string map_of(const Mlp& net) {  // `16 32   98.7%`: bits by layer, multiply-adds done in 16
   std::string map;
   double in_16 = 0, all = 0;
   for (int l = 1; l <= net.L; l++) {
     const Tensor& W = net.layer[l].W;
+    const double products = double(W.rows) * W.cols;
     map += W.type == Type::fp32 ? "32 " : "16 ";
-    all += double(W.rows) * W.cols, in_16 += W.type == Type::fp32 ? 0 : double(W.rows) * W.cols;
+    all += products, in_16 += W.type == Type::fp32 ? 0 : products;
   }
-  char share[20];
-  snprintf(share, sizeof share, "%9.1f%%", 100 * in_16 / all);
-  return map + share;
+  return map + format("%9.1f%%", 100 * in_16 / all);
 }
 static void shuffle(Run& run) {  // the epoch's order, onto the device
   const std::vector<int> order = order_of_epoch(run.o, run.t.epoch, run.data.train.count);
@@ -2050,7 +2049,7 @@ static std::string bar(double share,
 }
 struct Curve {
   std::string name;
-  std::vector<double> y;  // a value for each place on x; what is not finite is left out
+  std::vector<double> y;  // a value for each place on x
 };
 struct Band {  // of the places from..to on x
   double from, to;
@@ -2066,106 +2065,92 @@ struct Plot {
 };
 static void draw(const Plot& p) {  // curves, in the terminal
   const int rows = 16, places = int(p.ticks.size()), wide = std::max(2, 72 / places);
-  static const char* const marks[][2] = {{"●", "o"}, {"○", "x"}, {"▲", "+"}, {"△", "*"}};
   const auto mark = [&](size_t i) {
-    const std::string m = marks[i % 4][utf8() ? 0 : 1];
-    return colour() ? "\033[3" + std::to_string(4 - i % 4) + "m" + m + "\033[0m" : m;
+    static const char* const marks[2][4] = {{"o", "x", "+", "*"}, {"●", "○", "▲", "△"}};
+    const char* const m = marks[utf8()][i % 4];
+    return colour() ? format("\033[3%zum%s\033[0m", 4 - i % 4, m) : m;
   };
-  std::vector<std::vector<std::string>> cell(rows, std::vector<std::string>(size_t(places * wide), " "));
-  for (size_t i = p.curves.size(); i-- > 0;)
-    for (int at = 0; at < places; at++)
-      if (const double y = p.curves[i].y[at]; std::isfinite(y))
-        cell[rows - 1 - int(std::min(y / p.high, 1.) * (rows - 1) + 0.5)][size_t(at * wide + wide / 2)] = mark(i);
   printf("\n%s\n%s\n", p.title.c_str(), p.y.c_str());
-  for (int row = 0; row < rows; row++) {
-    if (row % 3 == 0) printf("%6.0f %s", p.high * (rows - 1 - row) / (rows - 1), utf8() ? "┤" : "+");
-    else printf("       %s", utf8() ? "│" : "|");
-    for (const std::string& c : cell[row]) printf("%s", c.c_str());
+  for (int row = rows - 1; row >= 0; row--) {
+    if (row % 3 == 0) printf("%6.0f %s", p.high * row / (rows - 1), utf8() ? "┤" : "+");
+    else printf("%7s%s", "", utf8() ? "│" : "|");
+    for (int at = 0; at < places; at++) {
+      std::string cell = " ";
+      for (size_t i = p.curves.size(); i-- > 0;)  // the first one on top
+        if (int(p.curves[i].y[at] / p.high * (rows - 1) + 0.5) == row) cell = mark(i);
+      printf("%*s%s%*s", wide / 2, "", cell.c_str(), wide - wide / 2 - 1, "");
+    }
     printf("\n");
   }
   std::string line, axis(size_t(places * wide) + 8, ' ');
   for (int i = 0; i < places * wide; i++) line += utf8() ? "─" : "-";
-  for (int at = 0; at < places; at++)
-    if (!p.ticks[at].empty()) axis.replace(size_t(at * wide + wide / 2), p.ticks[at].size(), p.ticks[at]);
-  printf("       %s%s\n        %s\n        %s\n", utf8() ? "└" : "+", line.c_str(), axis.c_str(), p.x.c_str());
-  for (size_t i = 0; i < p.curves.size(); i++) printf("        %s %s\n", mark(i).c_str(), p.curves[i].name.c_str());
-  for (const Band& band : p.bands) printf("        %s\n", band.name.c_str());
-}
-__attribute__((format(printf, 2, 3))) static void append(std::string& text, const char* format, ...) {
-  char line[600];
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(line, sizeof line, format, arguments);
-  va_end(arguments);
-  text += line;
+  for (int at = 0; at < places; at++) axis.replace(size_t(at * wide + wide / 2), p.ticks[at].size(), p.ticks[at]);
+  printf("%7s%s%s\n%8s%s\n%8s%s\n", "", utf8() ? "└" : "+", line.c_str(), "", axis.c_str(), "", p.x.c_str());
+  for (size_t i = 0; i < p.curves.size(); i++) printf("%8s%s %s\n", "", mark(i).c_str(), p.curves[i].name.c_str());
+  for (const Band& band : p.bands) printf("%8s%s\n", "", band.name.c_str());
 }
 // The plots one below the other; the colours are the viewer's, light or dark.
 static void write_svg(const std::string& path, const std::vector<Plot>& plots, const std::string& caption) {
   const double left = 62, width = 640;
   double top = 0;
   std::string s;
+  const auto text = [&](double x, double y, const char* anchor, const std::string& words) {
+    s += format("<text x='%.1f' y='%.1f' text-anchor='%s'>%s</text>\n", x, y, anchor, words.c_str());
+  };
   for (const Plot& p : plots) {
+    const int lines = p.bars ? 1 : 5;
     const double height = p.bars ? 62 : 250, step = width / double(p.ticks.size()), base = top + 46 + height;
-    append(s, "<text class='title' x='%g' y='%g'>%s</text>\n", left, top + 20, p.title.c_str());
+    text(left, top + 18, "start' font-weight='bold", p.title);
+    text(left - 50, base - height - 10, "start", p.y);
+    text(left + width, base + 31, "end", p.x);
     for (size_t i = 0; i < p.bands.size(); i++) {
       const Band& b = p.bands[i];
-      append(s, "<rect class='band%zu' x='%.1f' y='%.1f' width='%.1f' height='%g'/>\n", i % 2, left + b.from * step,
-             base - height, (b.to - b.from) * step, height);
-      append(s, "<text class='small' x='%.1f' y='%.1f' text-anchor='middle'>%s</text>\n",
-             left + (b.from + b.to) / 2 * step, base - height - 5, b.name.c_str());
+      s += format("<rect class='band%zu' x='%.1f' y='%.1f' width='%.1f' height='%g'/>\n", i % 2, left + b.from * step,
+                  base - height, (b.to - b.from) * step, height);
+      text(left + (b.from + b.to) / 2 * step, base - height - 10, "middle", b.name);
     }
-    for (int i = 0; i <= (p.bars ? 1 : 5); i++) {
-      const double share = i / (p.bars ? 1. : 5.), y = base - height * share;
-      append(s,
-             "<path class='grid' d='M%g %.1fh%g'/><text class='small' x='%g' y='%.1f' text-anchor='end'>%.0f</text>\n",
-             left, y, width, left - 6, y + 4, share * p.high);
+    for (int i = 0; i <= lines; i++) {
+      const double y = base - height * i / lines;
+      s += format("<path class='grid' d='M%g %.1fh%g'/>", left, y, width);
+      text(left - 6, y + 4, "end", format("%.0f", p.high * i / lines));
     }
     for (size_t at = 0; at < p.ticks.size(); at++)
-      if (!p.ticks[at].empty())
-        append(s, "<text class='small' x='%.1f' y='%.1f' text-anchor='middle'>%s</text>\n",
-               left + (double(at) + .5) * step, base + 15, p.ticks[at].c_str());
-    append(s, "<text class='small' x='%g' y='%.1f' text-anchor='middle'>%s</text>\n", left + width / 2, base + 31,
-           p.x.c_str());
-    append(s, "<text class='small' transform='translate(14 %.1f) rotate(-90)' text-anchor='middle'>%s</text>\n",
-           base - height / 2, p.y.c_str());
+      if (!p.ticks[at].empty()) text(left + (double(at) + .5) * step, base + 15, "middle", p.ticks[at]);
     for (size_t i = 0; i < p.curves.size(); i++) {
-      std::string path_of_curve;
-      for (size_t at = 0; at < p.curves[i].y.size(); at++) {
-        const double y = p.curves[i].y[at], x = left + (double(at) + (p.bars ? .15 + .35 * double(i) : .5)) * step;
-        if (!std::isfinite(y) || (p.bars && y == 0)) continue;
-        const double h = std::min(y / p.high, 1.) * height;
-        if (p.bars)
-          append(s, "<rect class='f%zu' x='%.1f' y='%.1f' width='%.1f' height='%.1f'/>", i, x, base - h, .35 * step, h);
-        else append(s, "<circle class='f%zu' cx='%.1f' cy='%.1f' r='3.5'/>", i, x, base - h);
-        append(path_of_curve, "%s%.1f %.1f", path_of_curve.empty() ? "M" : "L", x, base - h);
+      s += format("<g class='c%zu'>", i);
+      std::string line;
+      for (size_t at = 0; at < p.ticks.size(); at++) {
+        const double h = p.curves[i].y[at] / p.high * height, x = left + (double(at) + .5) * step;
+        line += format("%s%.1f %.1f", at == 0 ? "M" : "L", x, base - h);
+        if (!p.bars)
+          s += format("<circle cx='%.1f' cy='%.1f' r='%zu'/>", x, base - h, 6 - i);  // all seen where they meet
+        else if (h > 0)
+          s += format("<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f'/>", x + (double(i) - 1) * .35 * step,
+                      base - h, .35 * step, h);
       }
-      if (!p.bars) append(s, "\n<path class='c%zu' d='", i), s += path_of_curve + "'/>";
-      const double x = p.bars ? left + width - 150 * double(p.curves.size() - i) : left + 155. * double(i),
-                   y = p.bars ? top + 20 : base + 52;
-      append(s,
-             "\n<rect class='f%zu' x='%.1f' y='%.1f' width='11' height='11'/><text class='small' x='%.1f' "
-             "y='%.1f'>%s</text>\n",
-             i, x, y - 10, x + 16, y, p.curves[i].name.c_str());
+      if (!p.bars) s += "<path d='" + line + "'/>";
+      const double x = left + 155 * double(i), y = base + (p.bars ? 31 : 52);
+      s += format("<rect x='%.1f' y='%.1f' width='11' height='11'/></g>\n", x, y - 10);
+      text(x + 16, y, "start", p.curves[i].name);
     }
     top = base + (p.bars ? 36 : 62);
   }
-  append(s, "<text class='small' x='%g' y='%g'>%s</text>\n</svg>\n", left - 50, top + 18, caption.c_str());
-  std::string head;
-  append(head,
-         "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %g %g' width='%g' height='%g' "
-         "role='img'>\n<title>%s</title>\n",
-         left + width + 18, top + 32, left + width + 18, top + 32, plots[0].title.c_str());
+  text(left - 50, top + 18, "start", caption);
+  const double all_width = left + width + 18, all_height = top + 32;
   const char* const style = R"(<style>
-text{font:13px sans-serif;fill:#222}.title{font-weight:bold}.small{font-size:12px}.paper{fill:#fff}.grid{stroke:#ccc}
-path{fill:none;stroke-width:2}.grid{stroke-width:1}.band0{fill:#eee}.band1{fill:#dbe7f3}
-.c0{stroke:#1f6fb4}.f0{fill:#1f6fb4}.c1{stroke:#c9500b;stroke-dasharray:7 3}.f1{fill:#c9500b}
-.c2{stroke:#2a8a3e;stroke-dasharray:2 3}.f2{fill:#2a8a3e}.c3{stroke:#8d3fa8;stroke-dasharray:9 3 2 3}.f3{fill:#8d3fa8}
-@media(prefers-color-scheme:dark){text{fill:#ddd}.paper{fill:#14171c}.grid{stroke:#444}.band0{fill:#22262d}.band1{fill:#1d2f42}
-.c0{stroke:#6cb4f0}.f0{fill:#6cb4f0}.c1{stroke:#ff9c5a}.f1{fill:#ff9c5a}.c2{stroke:#6fd086}.f2{fill:#6fd086}
-.c3{stroke:#d29be8}.f3{fill:#d29be8}}
+text{fill:#222;font-size:12px;font-family:sans-serif}.paper{fill:#fff}.grid{stroke:#ccc}.band0{fill:#eee}.band1{fill:#dbe7f3}
+g circle,g rect{fill:currentColor}g path{fill:none;stroke:currentColor;stroke-width:2}
+.c0{color:#1f6fb4}.c1{color:#c9500b}.c2{color:#2a8a3e}.c3{color:#8d3fa8}
+.c1 path{stroke-dasharray:7 3}.c2 path{stroke-dasharray:2 3}.c3 path{stroke-dasharray:9 3 2 3}
+@media(prefers-color-scheme:dark){text{fill:#ddd}.paper{fill:#14171c}.grid{stroke:#444}.band0{fill:#22262d}
+.band1{fill:#1d2f42}.c0{color:#6cb4f0}.c1{color:#ff9c5a}.c2{color:#6fd086}.c3{color:#d29be8}}
 </style><rect class='paper' width='100%' height='100%'/>
 )";
-  write_file(path, head + style + s);
+  write_file(path,
+             format("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %g %g' width='%g' height='%g' role='img'>"
+                    "\n<title>%s</title>\n",
+                    all_width, all_height, all_width, all_height, plots[0].title.c_str()) +
+                 style + s + "</svg>\n");
   printf("\nwrote %s\n", path.c_str());
 }
 
@@ -2195,32 +2180,35 @@ static double flushed(const Run& run) {
   return 100 * zero / std::max(all, 1.);
 }
 struct Setting {
-  const char *name, *precision, *update, *loss_scale;
+  const char* name;
+  bool automatic;
+  Type precision;
+  Update update;
+  float loss_scale;    // 0: dynamic
+  const char* sweeps;  // which draw it too
 };
+static const Setting settings[] = {{"fp32", false, Type::fp32, Update::master, 1, ""},
+                                   {"mixed: fp16, master", false, Type::fp16, Update::master, 0, "scale, lr"},
+                                   {"mixed, no loss scaling", false, Type::fp16, Update::master, 1, ""},
+                                   {"fp16, no master", false, Type::fp16, Update::half, 0, "lr"},
+                                   {"fp16, Kahan", false, Type::fp16, Update::kahan, 0, ""},
+                                   {"fp16, stochastic", false, Type::fp16, Update::stochastic, 0, ""},
+                                   {"bf16, master", false, Type::bf16, Update::master, 1, "lr"},
+                                   {"bf16, no master", false, Type::bf16, Update::half, 1, "lr"},
+                                   {"auto: fp16 or fp32 by layer", true, Type::fp16, Update::master, 0, "scale"}};
 static Options with(Options o, const Setting& s) {
-  set_option(o, *find_option("precision"), s.precision), set_option(o, *find_option("update"), s.update);
-  if (*s.loss_scale) set_option(o, *find_option("loss-scale"), s.loss_scale);
+  o.automatic = s.automatic, o.precision = s.precision, o.update = s.update, o.loss_scale = s.loss_scale;
   return o;
 }
 static int compare(const Options& o, const Dataset& data) {
-  static const Setting settings[] = {{"fp32", "fp32", "master", ""},
-                                     {"mixed: fp16, master, dynamic", "fp16", "master", "dynamic"},
-                                     {"mixed, no loss scaling", "fp16", "master", "1"},
-                                     {"fp16, no master", "fp16", "half", "dynamic"},
-                                     {"fp16, Kahan", "fp16", "kahan", "dynamic"},
-                                     {"fp16, stochastic", "fp16", "stochastic", "dynamic"},
-                                     {"bf16, master", "bf16", "master", ""},
-                                     {"bf16, no master", "bf16", "half", ""},
-                                     {"auto: fp16 or fp32 by layer", "auto", "master", "dynamic"}};
-  printf("%-29s %8s  %10s  %7s  %8s  %9s  %11s  %9s  %7s\n", "", "accuracy", "final loss", "skipped", "flushed",
-         "weights", "activations", "gradients", "seconds");
+  printf("%-29s accuracy  final loss  skipped   flushed    weights  activations  gradients  seconds\n", "");
   double fp32 = 0;
   int as_good = 0;
   for (const Setting& s : settings) {
     Run run;
     const bool finished = learn(run, with(o, s), data);
     const Footprint bytes = footprint(run.t.net);
-    if (!strcmp(s.precision, "fp32")) fp32 = run.test_accuracy;
+    if (s.precision == Type::fp32) fp32 = run.test_accuracy;
     else as_good += finished && run.test_accuracy >= fp32 - 0.3;
     printf("%-29s %7.2f%%  %10.4g  %7d  %7.2f%%  %9zu  %11zu  %9zu  %7.2f%s\n", s.name, run.test_accuracy,
            run.mean_loss, run.t.state.skipped, flushed(run), bytes.weights + bytes.master + bytes.compensation,
@@ -2232,139 +2220,117 @@ static int compare(const Options& o, const Dataset& data) {
                      : ": this network is easy. Where they stop: mp compare --sweep scale, mp compare --sweep lr.");
   return 0;
 }
-static int sweep_scale(const Options& o, const Dataset& data) {
+// Accuracy over a fixed loss scale, with what a dynamic one does, or over the learning rate
+static int sweep(const Options& o, const Dataset& data) {
+  const bool rates = o.sweep == "lr";
+  std::vector<float> values = {1e-4f, 3e-4f, 1e-3f, 3e-3f, 0.01f, 0.03f, 0.1f, 0.3f};
+  if (!rates) values.clear();
+  for (int exponent = -24; !rates && exponent <= 24; exponent += 2) values.push_back(std::ldexp(1.f, exponent));
   Plot p;
-  p.title =
-      "Test accuracy over a fixed loss scale, " + joined(o.layers, "-") + ", " + std::to_string(o.epochs) + " epochs";
-  p.x = "loss scale", p.y = "test accuracy, per cent", p.curves = {{"fp16, fixed scale", {}}, {"auto by layer", {}}};
-  printf("%10s  %8s  %8s  %8s  %8s\n", "scale", "fp16", "skipped", "auto", "skipped");
-  for (int exponent = -24; exponent <= 24; exponent += 2) {
-    p.ticks.push_back(exponent % 8 ? "" : "2^" + std::to_string(exponent));
-    printf("%10s", ("2^" + std::to_string(exponent)).c_str());
-    for (int i = 0; i < 2; i++) {
+  p.title = format("Test accuracy over %s, %s, %d epochs", rates ? "the learning rate" : "a fixed loss scale",
+                   joined(o.layers, "-").c_str(), o.epochs);
+  p.x = rates ? "learning rate" : "loss scale", p.y = "test accuracy, per cent";
+  printf("%13s", p.x.c_str());
+  std::vector<Setting> tried;
+  for (const Setting& s : settings)
+    if (strstr(s.sweeps, o.sweep.c_str()))
+      tried.push_back(s), p.curves.push_back({s.name, {}}), printf("  %27s", s.name);
+  for (const float value : values) {
+    const std::string label = rates ? text_of(value) : "2^" + std::to_string(std::ilogb(value));
+    p.ticks.push_back(rates || std::ilogb(value) % 8 == 0 ? label : "");
+    printf("\n%13s", label.c_str());
+    for (size_t i = 0; i < tried.size(); i++) {
+      Options changed = with(o, tried[i]);
+      (rates ? changed.lr : changed.loss_scale) = value;
       Run run;
-      learn(run, with(o, {"", i ? "auto" : "fp16", "master", text_of(std::ldexp(1., exponent)).c_str()}), data);
+      learn(run, changed, data);
       p.curves[i].y.push_back(run.test_accuracy);
-      printf("  %7.2f%%  %8d", run.test_accuracy, run.t.state.skipped), fflush(stdout);
-    }
-    printf("\n");
-  }
-  Run run;
-  learn(run, with(o, {"", "fp16", "master", "dynamic"}), data);
-  const double first = std::log2(o.scale_init), last = std::log2(run.t.state.scale);
-  char text[100];
-  snprintf(text, sizeof text, "dynamic: 2^%.0f to 2^%.0f, %.2f%%", first, last, run.test_accuracy);
-  p.bands = {{(std::min(first, last) + 24) / 2, (std::max(first, last) + 24) / 2 + 1, text}};
-  draw(p);
-  if (!o.svg.empty())
-    write_svg(o.svg, {p}, "Left cliff: gradients flush to zero. Right cliff: they overflow and every step is skipped.");
-  return 0;
-}
-static int sweep_rate(const Options& o, const Dataset& data) {
-  static const Setting settings[] = {{"fp16, master", "fp16", "master", "dynamic"},
-                                     {"fp16, no master", "fp16", "half", "dynamic"},
-                                     {"bf16, master", "bf16", "master", ""},
-                                     {"bf16, no master", "bf16", "half", ""}};
-  Plot p;
-  p.title =
-      "Test accuracy over the learning rate, " + joined(o.layers, "-") + ", " + std::to_string(o.epochs) + " epochs";
-  p.x = "learning rate", p.y = "test accuracy, per cent";
-  printf("%10s", "rate");
-  for (const Setting& s : settings) p.curves.push_back({s.name, {}}), printf("  %15s", s.name);
-  for (const float rate : {1e-4f, 3e-4f, 1e-3f, 3e-3f, 0.01f, 0.03f, 0.1f, 0.3f}) {
-    p.ticks.push_back(text_of(rate));
-    printf("\n%10g", rate);
-    for (int i = 0; i < 4; i++) {
-      Run run;
-      Options with_rate = with(o, settings[i]);
-      with_rate.lr = rate;
-      learn(run, with_rate, data);
-      p.curves[i].y.push_back(run.test_accuracy), printf("  %14.2f%%", run.test_accuracy), fflush(stdout);
+      printf("  %6.2f%%, %5d steps skipped", run.test_accuracy, run.t.state.skipped), fflush(stdout);
     }
   }
   printf("\n");
+  if (!rates) {
+    Run run;
+    learn(run, with(o, tried[0]), data);
+    const double first = std::log2(o.scale_init), last = std::log2(run.t.state.scale);
+    p.bands = {{(std::min(first, last) + 24) / 2, (std::max(first, last) + 24) / 2 + 1,
+                format("dynamic: 2^%.0f%s, %.2f%%", first, first == last ? "" : format(" to 2^%.0f", last).c_str(),
+                       run.test_accuracy)}};
+  }
   draw(p);
   if (!o.svg.empty())
     write_svg(o.svg, {p},
-              "Without master weights, a step below half a unit in the last place of a weight is lost; bf16 has 8 "
-              "bits, fp16 11.");
+              rates
+                  ? "Without master weights, a step below half a unit in the last place of a weight is lost; bf16 has "
+                    "8 bits, fp16 11."
+                  : "Left cliff: gradients flush to zero. Right cliff: they overflow and every step is skipped.");
   return 0;
 }
 // Exponents of a, delta and dW, in fp32, against fp16's ranges, without the loss scale and with it
-static int histogram(Options o, const Dataset& data) {
+static int histogram(const Options& o, const Dataset& data) {
   Run run;
-  learn(run, o, data);
-  shuffle(run);
-  const int low = -40, high = 18;
-  const std::vector<Probe> plain = probe(run.t.net, run.batch, 1),
-                           scaled = probe(run.t.net, run.batch, run.t.state.scale);
+  learn(run, o, data), shuffle(run);
+  const float scale = run.t.state.scale;
+  const std::vector<Probe> seen[] = {probe(run.t.net, run.batch, 1), probe(run.t.net, run.batch, scale)};
+  const std::pair<const char*, Exponents Probe::*> tensors[] = {
+      {"a", &Probe::a}, {"delta", &Probe::delta}, {"dW", &Probe::dW}};
+  static const char* const blocks[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
+  const int low = -40, high = 18;  // of the picture
   std::vector<Plot> plots;
-  const auto show = [&](int l, const char* name, const Exponents& without, const Exponents* with_scale) {
-    Plot p;
-    p.title = "layer " + std::to_string(l) + ", " + name, p.x = "exponent: |value| from 2^x", p.y = "per cent",
-    p.bars = true;
-    p.bands = {{0, -25. - low, "0"},
-               {-25. - low, -14. - low, "subnormal"},
-               {-14. - low, 16. - low, "normal"},
-               {16. - low, double(high - low), "inf"}};
-    p.high = 10;
-    for (const Exponents* e : {&without, with_scale}) {
-      if (!e) continue;
-      const double all = double(std::max<int64_t>(e->nonzero(), 1)) / 100;
-      Curve c = {!with_scale     ? "values"
-                 : e == &without ? "without loss scale"
-                                 : "times " + text_of(run.t.state.scale),
-                 {}};
-      std::string picture;
-      for (int x = low; x < high; x++) {
-        const double share = (x == low  ? e->between(Exponents::lowest, x + 1)
-                              : x < 16  ? e->between(x, x + 1)
-                              : x == 16 ? e->overflow
-                                        : 0) /
-                             all;
-        static const char* const block[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
-        c.y.push_back(share), p.high = std::max(p.high, share);
-        const int eighths = share > 0 ? 1 + std::min(int(share / 2.5), 7) : 0;
-        picture += x == -25 || x == -14 || x == 16 ? (utf8() ? "│" : "|") : "";
-        picture += utf8() ? block[eighths] : std::string(1, " .:-=+*%@"[eighths]);
-      }
-      printf("%d %-5s %-18s %s %5.1f%% %5.1f%% %5.1f%%\n", l, name, c.name.c_str(), picture.c_str(),
-             e->between(Exponents::lowest, -25) / all, e->between(-25, -14) / all, e->overflow / all);
-      p.curves.push_back(c);
-    }
-    for (int x = low; x < high; x++) p.ticks.push_back(x % 10 ? "" : std::to_string(x));
-    plots.push_back(p);
-  };
   printf("layer, tensor              %-15s|%-11s|%-30s|   zero  subn.  overflow\n", "2^-40 fp16: 0", "subnormal",
          "normal, 2^-14 to 65504");
-  for (int l = 1; l <= run.t.net.L; l++) {
-    show(l, "a", plain[l].a, nullptr);
-    show(l, "delta", plain[l].delta, &scaled[l].delta), show(l, "dW", plain[l].dW, &scaled[l].dW);
+  for (int i = 0; i < 3 * run.t.net.L; i++) {
+    const int l = i / 3 + 1;
+    const auto& [name, tensor] = tensors[i % 3];
+    Plot p;
+    p.title = format("layer %d, %s", l, name), p.x = "exponent: |value| from 2^x", p.y = "per cent";
+    p.high = 10, p.bars = true;
+    p.bands = {
+        {0, 15, "0"}, {15, 26, "subnormal"}, {26, 56, "normal"}, {56, 58, "inf"}};  // 2^-25, 2^-14 and 2^16 divide
+    for (int x = low; x < high; x++) p.ticks.push_back(x % 10 ? "" : std::to_string(x));
+    for (int scaled = 0; scaled <= (tensor == &Probe::a ? 0 : 1); scaled++) {  // activations are not scaled
+      const Exponents& e = seen[scaled][l].*tensor;
+      const double all = double(std::max<int64_t>(e.nonzero(), 1)) / 100;
+      Curve c = {tensor == &Probe::a ? "values" : scaled ? "times " + text_of(scale) : "without loss scale", {}};
+      std::string picture;
+      for (int x = low; x < high; x++) {
+        const int64_t n = x == 16 ? e.overflow : e.between(x == low ? Exponents::lowest : x, x + 1);
+        const double share = double(n) / all;
+        const int eighths = share > 0 ? 1 + std::min(int(share / 2.5), 7) : 0;
+        c.y.push_back(share), p.high = std::max(p.high, share);
+        if (x == -25 || x == -14 || x == 16) picture += utf8() ? "│" : "|";
+        picture += utf8() ? blocks[eighths] : std::string(1, " .:-=+*%@"[eighths]);
+      }
+      printf("%d %-5s %-18s %s %5.1f%% %5.1f%% %5.1f%%\n", l, name, c.name.c_str(), picture.c_str(),
+             double(e.between(Exponents::lowest, -25)) / all, double(e.between(-25, -14)) / all,
+             double(e.overflow) / all);
+      p.curves.push_back(c);
+    }
+    plots.push_back(p);
   }
   if (!o.svg.empty())
-    write_svg(o.svg, plots,
-              "Exponents in fp32 after epoch " + std::to_string(run.t.epoch) + ", " + joined(run.o.layers, "-") +
-                  "; shares of the non-zero values; below 2^-40 counts as 2^-40.");
+    write_svg(
+        o.svg, plots,
+        format("Exponents in fp32 after epoch %d, %s; shares of the non-zero values; below 2^-40 counts as 2^-40.",
+               run.t.epoch, joined(run.o.layers, "-").c_str()));
   return 0;
 }
 static int pictures(const std::string& command, Options o) {
+  const bool comparing = command == "compare";
   if (!o.save.empty() || !o.log.empty()) misuse("mp " + command + " saves no model and no log; mp train does");
-  if (command == "compare" && (o.has("precision") || o.has("update") || !o.resume.empty() || !o.files.empty()))
-    misuse("mp compare tries every --precision and --update from the start; leave them, --resume and files away");
-  if (command == "compare" && o.sweep.empty() && !o.svg.empty()) misuse("--svg needs --sweep scale or --sweep lr");
-  if (command == "histogram" && (!o.sweep.empty() || o.files.size() > 1))
-    misuse("mp histogram [MODEL] [--svg FILE] [OPTION...]");
+  if (comparing &&
+      (o.has("precision") || o.has("update") || o.has("loss-scale") || o.has("resume") || !o.files.empty()))
+    misuse("mp compare tries every --precision, --update and --loss-scale from the start: no resuming, no files");
+  if (comparing && o.sweep.empty() && !o.svg.empty()) misuse("--svg needs --sweep scale or --sweep lr");
+  if (!comparing && (!o.sweep.empty() || o.files.size() > 1)) misuse("mp histogram [MODEL] [--svg FILE] [OPTION...]");
   if (!o.svg.empty()) check_can_save(o.svg);
   if (o.files.size() == 1) o.resume = o.files[0];
-  if (o.resume.empty() && !o.has("epochs")) o.epochs = command == "histogram" ? 1 : o.sweep.empty() ? 15 : 3;
+  if (o.resume.empty() && !o.has("epochs")) o.epochs = !comparing ? 1 : o.sweep.empty() ? 15 : 3;
   const Dataset data = load_dataset(o.data);
   for (const int signal_ : {SIGINT, SIGTERM}) signal(signal_, on_signal);
   printf("%s · %s\n%s: %d images to train on, %d to test\n\n", machine().c_str(), joined(o.layers, "-").c_str(),
          data.what.c_str(), data.train.count, data.test.count);
-  return command == "histogram" ? histogram(o, data)
-         : o.sweep.empty()      ? compare(o, data)
-         : o.sweep == "lr"      ? sweep_rate(o, data)
-                                : sweep_scale(o, data);
+  return !comparing ? histogram(o, data) : o.sweep.empty() ? compare(o, data) : sweep(o, data);
 }
 
 static int test(Options o) {
@@ -2458,10 +2424,15 @@ static Tensor random_tensor(int rows, int cols, Type type) {
   const Tensor t = make_tensor(rows, cols, type);
   return to_device(values, t), t;
 }
+static void csv_row(const std::string& what, Type type, const char* rung, const Seconds& s, double rate) {
+  printf("%s,%s,%s,%.9g,%.9g,%.9g,%.6g\n", what.c_str(), type_names[int(type)].c_str(), rung, s.median, s.least, s.most,
+         rate);
+}
 // A product by every rung: rate, share of the peak and of cuBLAS
 static void bench_product(Layout layout, int M, int N, int K, Type type, double peak, bool csv) {
   static const char* const formulas[] = {"A B^T", "A B", "A^T B"};
   static std::map<std::string, double> rate_before;  // of a smaller product by the same rung and type
+  const char *const formula = formulas[int(layout)], *const type_name = type_names[int(type)].c_str();
   const Tensor A = layout == Layout::AtB ? random_tensor(K, M, type) : random_tensor(M, K, type);
   const Tensor B = layout == Layout::ABt ? random_tensor(N, K, type) : random_tensor(K, N, type);
   const Tensor C = make_tensor(M, N, type);
@@ -2471,80 +2442,71 @@ static void bench_product(Layout layout, int M, int N, int K, Type type, double 
       {"tiled", [](auto l, auto& a, auto& b, auto& c) { gemm_tiled(l, a, b, c); }},
       {"mma", [](auto l, auto& a, auto& b, auto& c) { gemm_mma(l, a, b, c); }}};
   const double flops = 2.0 * M * N * K;
-  double of_cublas = 0, full = peak;
-  if (!csv) printf("\n%s, %s, M N K = %d %d %d\n", formulas[int(layout)], type_names[int(type)].c_str(), M, N, K);
+  double of_cublas = 0;
+  if (!csv) printf("\n%s, %s, M N K = %d %d %d\n", formula, type_name, M, N, K);
   for (const auto& [name, product] : rungs) {
-    double& before = rate_before[name + type_names[int(type)]];
-    if (!product || (!strcmp(name, "mma") && !tensor_cores(type)) || (before > 0 && flops / before > 0.5))
-      continue;  // too slow here
-    const Seconds s = time_of(0, [&] { product(layout, A, B, C); });
+    double& before = rate_before[std::string(name) + type_name];
+    const bool too_slow = before > 0 && flops / before > 0.5;
+    if (!product || (!strcmp(name, "mma") && !tensor_cores(type)) || too_slow) continue;
+    const Seconds s = time_of(0, [&, &multiply = product] { multiply(layout, A, B, C); });
     const double rate = before = flops / s.median;
-    if (!strcmp(name, "cuBLAS")) of_cublas = full = rate;
-    if (csv) {
-      printf("product,%s,%d,%d,%d,%s,%s,%.9g,%.9g,%.9g,%.6g\n", formulas[int(layout)], M, N, K,
-             type_names[int(type)].c_str(), name, s.median, s.least, s.most, rate);
-      continue;
-    }
-    printf("  %-6s %9.1f GFLOP/s (%.1f to %.1f) %6.1f%% of the peak", name, rate * 1e-9, flops / s.most * 1e-9,
-           flops / s.least * 1e-9, 100 * rate / peak);
-    if (of_cublas > 0) printf(" %6.1f%% of cuBLAS", 100 * rate / of_cublas);
-    printf("  %s\n", bar(rate / full, 30).c_str());
+    if (!strcmp(name, "cuBLAS")) of_cublas = rate;
+    const double full = of_cublas > 0 ? of_cublas : peak;
+    if (csv) csv_row(format("product,%s,%d,%d,%d", formula, M, N, K), type, name, s, rate);
+    else
+      printf("  %-6s %9.1f GFLOP/s (%.1f to %.1f) %6.1f%% of the peak%s  %s\n", name, rate * 1e-9,
+             flops / s.most * 1e-9, flops / s.least * 1e-9, 100 * rate / peak,
+             of_cublas > 0 ? format(" %6.1f%% of cuBLAS", 100 * rate / of_cublas).c_str() : "",
+             bar(rate / full, 30).c_str());
     fflush(stdout);
   }
 }
 // Training steps on random images: microseconds, images a second, bytes
 static void bench_step(const std::vector<int>& sizes, int batch, bool csv) {
   const int steps = batch < 1000 ? 100 : 1;  // in a run
-  Seconds time[2];
-  Footprint bytes[2];
+  const double MiB = 1 << 20;
+  const std::string layers = joined(sizes, "-");
+  std::vector<uint8_t> images(size_t(steps) * batch * sizes[0]), classes(size_t(steps) * batch);
+  for (size_t i = 0; i < images.size(); i++) images[i] = uint8_t(random_bits(2, i));
+  for (size_t i = 0; i < classes.size(); i++) classes[i] = uint8_t(random_bits(3, i) % sizes.back());
+  const auto pixels = on_device(images), labels = on_device(classes);
+  Batch data;
+  data.pixels = pixels.get(), data.labels = labels.get(), data.rows = batch;
+  double time[2], kept_bytes[2];  // of fp32 and of fp16
   for (const Type type : {Type::fp32, Type::fp16}) {
     Mlp net = make_mlp(sizes, batch, type, Update::master);
     initialise(net);
     LossScaler scaler(type == Type::fp32 ? 1.f : 65536.f);
-    std::vector<uint8_t> images(size_t(steps) * batch * sizes[0]), classes(size_t(steps) * batch);
-    for (size_t i = 0; i < images.size(); i++) images[i] = uint8_t(random_bits(2, i));
-    for (size_t i = 0; i < classes.size(); i++) classes[i] = uint8_t(random_bits(3, i) % sizes.back());
-    const auto pixels = on_device(images), labels = on_device(classes);
-    Batch data;
-    data.pixels = pixels.get(), data.labels = labels.get(), data.rows = batch;
     Graph graph;
     int done = 0;
-    Seconds& s = time[type == Type::fp16];
-    s = time_of(steps, [&] {
+    const Seconds s = time_of(steps, [&] {
       if (done++ % steps == 0) scaler.write(StepState{scaler.read().scale});  // back to the first image
       replay(graph, [&] { train_step(net, data, scaler, 0.01f); });
     });
-    const Footprint b = bytes[type == Type::fp16] = footprint(net);
-    const std::string layers = joined(sizes, "-");
-    if (csv)
-      printf("step,%s,%d,,,%s,,%.9g,%.9g,%.9g,%.6g\n", layers.c_str(), batch, type_names[int(type)].c_str(), s.median,
-             s.least, s.most, batch / s.median);
+    const Footprint b = footprint(net);
+    time[int(type)] = s.median, kept_bytes[int(type)] = double(b.activations + b.gradients);
+    if (csv) csv_row(format("step,%s,%d,,", layers.c_str(), batch), type, "", s, batch / s.median);
     else
       printf("%-19s %5d  %s %10.0f (%.0f to %.0f) %10.0f %9.2f %7.2f %11.2f %9.2f\n", layers.c_str(), batch,
              type_names[int(type)].c_str(), s.median * 1e6, s.least * 1e6, s.most * 1e6, batch / s.median,
-             double(b.weights) / 1048576, double(b.master) / 1048576, double(b.activations) / 1048576,
-             double(b.gradients) / 1048576);
+             double(b.weights) / MiB, double(b.master) / MiB, double(b.activations) / MiB, double(b.gradients) / MiB);
     fflush(stdout);
   }
   if (!csv)
     printf("%26s fp32 is %.2f times the time of fp16; bytes of activations and gradients fp16 to fp32 %.2f\n", "",
-           time[0].median / time[1].median,
-           double(bytes[1].activations + bytes[1].gradients) / double(bytes[0].activations + bytes[0].gradients));
+           time[0] / time[1], kept_bytes[1] / kept_bytes[0]);
 }
 static int bench(bool csv) {
   const double peak = peak_flops();
   if (csv) printf("what,layout or layers,M or batch,N,K,type,rung,median s,least s,most s,FLOP/s or images/s\n");
   else printf("%s\npeak of fp32 multiply-adds, measured: %.1f GFLOP/s\n", machine().c_str(), peak * 1e-9);
-  struct Shape {
-    Layout layout;
-    int M, N, K;
+  const auto products = [&](Layout layout, int M, int N, int K) {
+    for (Type type : {Type::fp32, Type::fp16, Type::bf16}) bench_product(layout, M, N, K, type, peak, csv);
   };
-  std::vector<Shape> shapes = {{Layout::ABt, 64, 128, 784}, {Layout::AB, 64, 784, 128}, {Layout::AtB, 128, 784, 64}};
+  products(Layout::ABt, 64, 128, 784), products(Layout::AB, 64, 784, 128), products(Layout::AtB, 128, 784, 64);
   for (int n : {1024, 4096, 8192})
     for (Layout layout : {Layout::ABt, Layout::AB, Layout::AtB})
-      if (n == 1024 || yardstick) shapes.push_back({layout, n, n, n});  // a CPU would need minutes for more
-  for (const Shape& s : shapes)
-    for (Type type : {Type::fp32, Type::fp16, Type::bf16}) bench_product(s.layout, s.M, s.N, s.K, type, peak, csv);
+      if (n == 1024 || yardstick) products(layout, n, n, n);  // a CPU would need minutes for more
   if (!csv)
     printf(
         "\na training step      batch  type  microseconds  images/s  MiB: weights  master  activations  gradients\n");

@@ -95,7 +95,7 @@ struct Layer {
   Tensor delta;            // [batch, out] dL/dz, times the loss scale
   Tensor input;            // [batch, in] a of the layer before in this layer's type, where that one has another
   Tensor wide_delta;       // there too: fp32, this delta [batch, out] or the one before [batch, in], for E4's product
-  int clean_probes = 0;    // in a row, that found nothing which fp16 could not hold
+  int clean_probes = 2;    // in a row, that found nothing which fp16 could not hold; counted up to 2
 };
 struct Mlp {
   int L = 0;                 // layers with weights: layer[1] to layer[L]

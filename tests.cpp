@@ -2633,7 +2633,7 @@ TEST_SUITE("dynamic_precision") {
     check_success(o);
     const SafeTensors a = w.model("a"), b = w.model("b");
     for (size_t i = 0; i < a.tensors.size(); i++) CHECK(a.tensors[i].value == b.tensors[i].value);
-    CHECK(b.metadata.at("types") == "fp16,fp16");
+    CHECK(b.metadata.at("clean-probes") == "2,2");
     check_words(o.out, {"16 16", "100.0%"});
     CHECK(o.out.find("to fp32") == string::npos);
   }
@@ -2644,7 +2644,7 @@ TEST_SUITE("dynamic_precision") {
     check_success(o);
     check_words(o.out, {"layer 1 to fp32: ", "layer 2 to fp32: ", "weight gradients would be 0", "32 32"});
     CHECK(o.out.find("to fp32") < o.out.find("\n    1 "));
-    CHECK(w.model("once").metadata.at("types") == "fp32,fp32");
+    CHECK(w.model("once").metadata.at("clean-probes") == "0,0");
     check_success(w.train("--precision fp32 --epochs 5 --save fp32"));
     const double wide = double(table_of(w.resume("fp32 --epochs 6"))[0][ACCURACY]);
     CHECK(std::fabs(std::stod(last_line(o.out).substr(15)) - wide) < 5);
@@ -2652,11 +2652,11 @@ TEST_SUITE("dynamic_precision") {
     check_success(w.resume("m --epochs 5"));
     CHECK((w.get("m") == w.get("once")));
     check_success(w.resume("m --epochs 6 --loss-scale dynamic"));  // one clean probe, which the checkpoint remembers
-    CHECK(w.model("m").metadata.at("types") == "fp32,fp32");
+    CHECK(w.model("m").metadata.at("clean-probes") == "1,1");
     const Outcome back = w.resume("m --epochs 7");
     check_success(back);
     check_words(back.out, {"layer 1 back to fp16", "layer 2 back to fp16", "16 16"});
-    CHECK(w.model("m").metadata.at("types") == "fp16,fp16");
+    CHECK(w.model("m").metadata.at("clean-probes") == "2,2");
   }
   TEST_CASE("only the layer that suffers moves: its input scaled down, its weights up, the function the same") {
     const Workplace w;
