@@ -1014,10 +1014,10 @@ std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
 // leaves are counted, and a layer whose numbers fp16 cannot hold (trouble) moves to fp32 until that is over.
 void Exponents::add(const Tensor& t, double factor) {
   for (const float value : to_host(t)) {
-    const double x = std::fabs(value * factor);
+    const float x = float(std::fabs(value * factor));
     if (x == 0) zeros++;
     else if (!(x < 65520)) overflow++;  // what fp16 rounds to infinity; NaN too
-    else count[std::max(std::ilogb(x), lowest) - lowest]++;
+    else count[std::max(int(bits_of(x) >> 23) - 127, lowest) - lowest]++;
   }
 }
 int64_t Exponents::between(int from, int to) const {  // numbers of 2^from to 2^to, without it
