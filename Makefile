@@ -121,11 +121,11 @@ gpu:
 
 # ---- Exercises: the regions of mp.cu, emptied one by one. Their titles, hints and reasons stand in walkthrough.md. ----
 # A check builds for the CPU, not optimised and with the tests compiled once for all exercises: it answers in seconds.
-CLASS = $(CXX) -x c++ -std=c++17 $(WARN) -Wno-unused $(NATIVE) -pthread -fmax-errors=3
+CLASS = $(CXX) -x c++ -std=c++17 $(WARN) -Wno-unused $(NATIVE) -pthread
 REGIONS = $(shell sed -n 's|^ *//{ \([^ ]*\).*|\1|p' mp.cu)
 X = build/exercise-$*
 LIMIT = 60
-TIMED = $(or $(shell command -v timeout || command -v gtimeout),perl -e 'alarm shift; exec @ARGV') $(LIMIT)
+TIMED = $(or $(patsubst %,% -s ALRM,$(shell command -v timeout || command -v gtimeout)),perl -e 'alarm shift; exec @ARGV') $(LIMIT)
 KNOWN = test -n "$(filter $*,$(REGIONS))" || { echo "no exercise is called $*; make exercises lists them"; exit 1; }
 STARTED = test -d $(X) || { echo "$*: not started. make exercise-$* makes $(X) for you"; exit 1; }
 # Ends with 0 if the region holds code, 1 if it holds none, 2 if its markers are gone.
@@ -177,7 +177,9 @@ check-%:
 hint-%:
 	@$(KNOWN)
 	@$(STARTED)
-	@name=$*; what="hint 1"; test ! -e $(X)/hinted || what="hint 2"; touch $(X)/hinted; echo "$$what of 2:"; $(SAYS) | sed '/^$$/d'
+	@name=$*; n=$$(cat $(X)/hinted 2>/dev/null || echo 1); echo $$((n + 1)) > $(X)/hinted; \
+	for i in 1 2; do test $$n -ne $$i -a $$n -lt 3 || { what="hint $$i"; echo "$$what of 2:"; $(SAYS) | sed '/^$$/d'; }; done; \
+	what=heading; test $$n -lt 3 || echo "There is no third hint. The code itself stands in walkthrough.md, $$($(SAYS))"
 build/class/tests.o: tests.cpp mp.h | packages
 	@mkdir -p build/class
 	@echo "compiling the tests, once for all exercises"
