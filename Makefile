@@ -136,8 +136,8 @@ SAYS = awk -v name=$$name -v what="$$what" '/^\#/ { heading = $$0; sub(/^\#+ /, 
   mine && what == "heading" { print heading; exit } \
   mine && what == "title" { sub(/^\*\*Exercise [^ ]* /, ""); sub(/\.?\*\*.*/, ""); print; exit } \
   mine && what == "why" && sub(/^When it passes: /, "") { print; exit } \
-  /^<\/details>/ { hint = 0 } hint { print } \
-  index($$0, "<details><summary>" name ", " what "<") { hint = 1 }' walkthrough.md
+  /^<\/details>/ { inside = hint = 0 } inside && /^[12]\. / { hint = "hint " substr($$0, 1, 1); sub(/^[12]\. /, "") } \
+  inside && hint == what { print } index($$0, "<details><summary>" name ", two hints<") { inside = 1 }' walkthrough.md
 exercises:
 	@for name in $(REGIONS); do at=build/exercise-$$name; what=title; \
 	  if ! test -d $$at || ! $(HAS_CODE); then state="not started"; \
