@@ -178,7 +178,7 @@ hint-%:
 	@$(KNOWN)
 	@$(STARTED)
 	@name=$*; n=$$(cat $(X)/hinted 2>/dev/null || echo 1); echo $$((n + 1)) > $(X)/hinted; \
-	for i in 1 2; do test $$n -ne $$i -a $$n -lt 3 || { what="hint $$i"; echo "$$what of 2:"; $(SAYS) | sed '/^$$/d'; }; done; \
+	for i in 1 2; do test $$n -ne $$i -a $$n -lt 3 || { what="hint $$i"; echo "$$what of 2:"; $(SAYS) | sed '/^$$/d' | fold -s -w 100; }; done; \
 	what=heading; test $$n -lt 3 || echo "There is no third hint. The code itself stands in walkthrough.md, $$($(SAYS))"
 build/class/tests.o: tests.cpp mp.h | packages
 	@mkdir -p build/class
