@@ -172,7 +172,7 @@ check-%:
 	  135|136|137|138|139) echo "$*: crashed. Where? gdb -ex run --args $(X)/tests --test-suite=$*"; \
 	    echo "Or: cd $(X) && make test SANITIZE=1 ARGS=--test-suite=$*, which names the line that read or wrote too far"; exit 1;; \
 	  *) echo "$*: not yet right. Edit the region, then make check-$* again; make hint-$* (two hints)"; exit 1;; esac; \
-	touch passed; cd ../..; what=why; echo "$*: done. $$($(SAYS))"; \
+	touch passed; cd ../..; what=why; echo "$*: done; $$($(SAYS))"; \
 	following=$$(echo $(REGIONS) | awk -v name=$* '{ for (i = 1; i < NF; i++) if ($$i == name) print $$(i + 1) }'); test -z "$$following" || echo "Next: make exercise-$$following"
 hint-%:
 	@$(KNOWN)
