@@ -123,11 +123,11 @@ gpu:
 
 # ---- Exercises: the regions of mp.cu, emptied one by one. Their titles, hints and reasons stand in walkthrough.md. ----
 # A check builds for the CPU, not optimised and with the tests compiled once for all exercises: it answers in seconds.
-CLASS = $(CXX) -x c++ -std=c++17 $(WARN) -Wno-unused $(NATIVE) -pthread -fmax-errors=3
+CLASS = $(CXX) -x c++ -std=c++17 $(WARN) -Wno-unused $(NATIVE) -pthread
 REGIONS = $(shell sed -n 's|^ *//{ \([^ ]*\).*|\1|p' mp.cu)
 X = build/exercise-$*
 LIMIT = 60
-TIMED = $(or $(shell command -v timeout || command -v gtimeout),perl -e 'alarm shift; exec @ARGV') $(LIMIT)
+TIMED = $(or $(patsubst %,% -s ALRM,$(shell command -v timeout || command -v gtimeout)),perl -e 'alarm shift; exec @ARGV') $(LIMIT)
 KNOWN = test -n "$(filter $*,$(REGIONS))" || { echo "no exercise is called $*; make exercises lists them"; exit 1; }
 STARTED = test -d $(X) || { echo "$*: not started. make exercise-$* makes $(X) for you"; exit 1; }
 # Ends with 0 if the region holds code, 1 if it holds none, 2 if its markers are gone.
@@ -138,8 +138,8 @@ SAYS = awk -v name=$$name -v what="$$what" '/^\#/ { heading = $$0; sub(/^\#+ /, 
   mine && what == "heading" { print heading; exit } \
   mine && what == "title" { sub(/^\*\*Exercise [^ ]* /, ""); sub(/\.?\*\*.*/, ""); print; exit } \
   mine && what == "why" && sub(/^When it passes: /, "") { print; exit } \
-  /^<\/details>/ { hint = 0 } hint { print } \
-  index($$0, "<details><summary>" name ", " what "<") { hint = 1 }' walkthrough.md
+  /^<\/details>/ { inside = hint = 0 } inside && /^[12]\. / { hint = "hint " substr($$0, 1, 1); sub(/^[12]\. /, "") } \
+  inside && hint == what { print } index($$0, "<details><summary>" name ", two hints<") { inside = 1 }' walkthrough.md
 exercises:
 	@for name in $(REGIONS); do at=build/exercise-$$name; what=title; \
 	  if ! test -d $$at || ! $(HAS_CODE); then state="not started"; \
@@ -174,12 +174,14 @@ check-%:
 	  135|136|137|138|139) echo "$*: crashed. Where? gdb -ex run --args $(X)/tests --test-suite=$*"; \
 	    echo "Or: cd $(X) && make test SANITIZE=1 ARGS=--test-suite=$*, which names the line that read or wrote too far"; exit 1;; \
 	  *) echo "$*: not yet right. Edit the region, then make check-$* again; make hint-$* (two hints)"; exit 1;; esac; \
-	touch passed; cd ../..; what=why; echo "$*: done. $$($(SAYS))"; \
+	touch passed; cd ../..; what=why; echo "$*: done; $$($(SAYS))"; \
 	following=$$(echo $(REGIONS) | awk -v name=$* '{ for (i = 1; i < NF; i++) if ($$i == name) print $$(i + 1) }'); test -z "$$following" || echo "Next: make exercise-$$following"
 hint-%:
 	@$(KNOWN)
 	@$(STARTED)
-	@name=$*; what="hint 1"; test ! -e $(X)/hinted || what="hint 2"; touch $(X)/hinted; echo "$$what of 2:"; $(SAYS) | sed '/^$$/d'
+	@name=$*; n=$$(cat $(X)/hinted 2>/dev/null || echo 1); echo $$((n + 1)) > $(X)/hinted; \
+	for i in 1 2; do test $$n -ne $$i -a $$n -lt 3 || { what="hint $$i"; echo "$$what of 2:"; $(SAYS) | sed '/^$$/d' | fold -s -w 100; }; done; \
+	what=heading; test $$n -lt 3 || echo "There is no third hint. The code itself stands in walkthrough.md, $$($(SAYS))"
 build/class/tests.o: tests.cpp mp.h | packages
 	@mkdir -p build/class
 	@echo "compiling the tests, once for all exercises"
