@@ -4,6 +4,41 @@
 //
 // Comparisons are written so that NaN fails, and a tolerance says where it comes from. e = 2^-24 is the largest
 // relative error of one fp32 operation.
+#if defined(MP_FUZZ)
+// ==== make fuzz: libFuzzer throws bytes at one reader, which may refuse them and do nothing else ====================
+#include "mp.cu"
+
+static const std::map<std::string, void (*)(const Bytes&)> readers = {
+    {"sheet", [](const Bytes& b) { parse_sheet(b); }},
+    {"idx",
+     [](const Bytes& b) {
+       std::vector<uint32_t> dimension(b.size() > 3 && b[3] == 1 ? 1 : 3);
+       parse_idx(b, dimension);
+     }},
+    {"gz", [](const Bytes& b) { gunzip(b); }},
+    {"safetensors",
+     [](const Bytes& b) {
+       const SafeTensors file = parse_safetensors(b);
+       Options o;
+       take_options(o, file, "file"), take_layers(o, file, "file");
+     }},
+    {"options",
+     [](const Bytes& b) {  // a word a line
+       std::istringstream lines(std::string(b.begin(), b.end()));
+       std::vector<std::string> words;
+       for (std::string command; std::getline(lines, command);) words.push_back(command);
+       refuse_contradictions(parse("train", words));
+     }},
+    {"picture", [](const Bytes& b) { as_mnist(parse_picture(b), 28); }}};
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
+  static const auto read = readers.at(getenv("MP_READER"));
+  try {
+    read(Bytes(bytes, bytes + size));
+  } catch (const Error&) {}
+  return 0;
+}
+#else
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sys/resource.h>
@@ -2713,3 +2748,33 @@ TEST_SUITE("compare") {
     check_refused(w.train("--sweep lr"), {"--sweep and --svg"}, 2);
   }
 }
+
+// `make fuzz` begins with these.
+TEST_SUITE("fuzz") {
+  TEST_CASE("seeds, into the folder MP_SEEDS" * doctest::skip()) {
+    const string x = entry("0.weight", "F32", "1,2", "0,8") + "," + entry("0.bias", "BF16", "1", "8,10");
+    const auto with_options = R"({"__metadata__":{"lr":"1","update":"kahan"},)";
+    Words pictures = {png(9, 9, string(30, ' ') + string(51, 'z')), png(6, 3, string(18, '0'), 16, 4)};
+    for (const string name : {"3_transparent.png", "7_tiny.png", "8_pale.jpg"}) {
+      const auto bytes = read_file("data/photos/" + name);
+      pictures.emplace_back(bytes.begin(), bytes.end());
+    }
+    const string all = gzip(string(1000, 'a'), 31, little(3, 2) + "abcname" + '\0' + "text" + '\0' + "cc");
+    // clang-format off
+    const std::map<string, Words> seeds = {
+        {"sheet", {sheet(1, 1), sheet(2, 3), png(100, 1, string(100, 'x'), 8, 2), png(100, 1, string(200, 'x'), 16)}},
+        {"idx", {labels({0, 9, 5}), images(3, 2, 2, "abcdefghijkl"), images(~0u, ~0u, ~0u, "abcd"), gzip(labels({7}))}},
+        {"gz", {gzip("abc"), all}},
+        {"safetensors", {tensors("{" + x + "}", "1234567890"), tensors(with_options + x + "}", "1234567890")}},
+        {"options", {"--data\nd\n--layers=4,2\n--lr\n.1\nfile", "--precision\nfp32\n--loss-scale\n8\n--scale-init\n1e3",
+                     "--update\nkahan\n--batch\n3\n--shuffle\noff\n--seed=7\n--save\nm\n--log\nm"}},
+        {"picture", pictures}};
+    // clang-format on
+    for (const auto& [reader, inputs] : seeds) {
+      const string folder = getenv("MP_SEEDS") + ("/" + reader);
+      std::filesystem::create_directories(folder);
+      for (const string& input : inputs) write_file(folder + text("/seed-%08x", crc(input)), input);
+    }
+  }
+}
+#endif
