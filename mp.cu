@@ -11,7 +11,6 @@
 //
 // The same kernels run on an NVIDIA GPU and, thread by thread, on a CPU: mp.h, part 2. Start reading at train_step().
 #include <fcntl.h>
-#include <langinfo.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -21,7 +20,6 @@
 #include <charconv>
 #include <chrono>
 #include <climits>
-#include <clocale>
 #include <cmath>
 #include <csignal>
 #include <cstdarg>
@@ -1250,6 +1248,28 @@ static void check_png(const Bytes& file) {
   } while (memcmp(&file[at - length - 8], "IEND", 4) != 0);
 }
 
+// stb_image writes a JPEG's Huffman table before it counts the codes, which are at most 256, and follows segments to
+// wherever they lead. Whatever it may take for a marker is one here.
+static void check_jpeg(const Bytes& file) {
+  for (size_t at = 2; at + 1 < file.size();) {
+    const int marker = file[at] == 0xff ? file[at + 1] : 0;
+    if (marker == 0xd9) return;                                      // the end
+    if (marker == 0 || marker == 0xff || (marker & 0xf8) == 0xd0) {  // of no segment: pixels, filling or a restart
+      at++;
+      continue;
+    }
+    const size_t length = file.size() - at < 4 ? 0 : size_t(file[at + 2] << 8 | file[at + 3]), end = at + 2 + length;
+    if (length < 2 || end > file.size()) fail("the file ends within the segment at byte %zu", at);
+    for (size_t table = at + 4; marker == 0xc4 && table < end;) {
+      size_t codes = 0;
+      for (size_t i = table + 1; i <= table + 16; i++) codes += i < end ? file[i] : 256;
+      if (codes > 256 || table + 17 + codes > end) fail("damaged: the Huffman table at byte %zu", table);
+      table += 17 + codes;
+    }
+    at = end;
+  }
+}
+
 // A sheet: square tiles, 100 in a row; row r of tiles shows the digit r mod 10 and no other.
 static Images parse_sheet(const Bytes& file) {
   check_png(file);
@@ -2361,7 +2381,7 @@ static Mlp open_model(Options& o) {  // the first of o.files, with the options t
   const SafeTensors file = read_safetensors(o.files[0]);
   if (file.metadata.count("precision") == 0) o.precision = Type::fp32;  // written by another program
   take_options(o, file, o.files[0]), take_layers(o, file, o.files[0]);
-  Mlp net = make_mlp(o.layers, o.batch, o.precision, o.update);
+  Mlp net = make_mlp(o.layers, 64, o.precision, o.update);
   take_weights(net, file, o.files[0]);
   if (o.automatic) take_types(net, file, o.files[0]);
   return net;
@@ -2589,7 +2609,7 @@ template <class F> static Picture resample(int from_width, int from_height, F pi
 // stands out from.
 static Picture parse_picture(const Bytes& file) {
   const bool png = !file.empty() && file[0] == 0x89;
-  if (png) check_png(file);
+  png ? check_png(file) : check_jpeg(file);
   int width = 0, height = 0, channels = 0;
   stb_most = 1 << 16;
   if (!stbi_info_from_memory(file.data(), int(file.size()), &width, &height, &channels)) fail("this is no PNG or JPEG");
@@ -2618,33 +2638,20 @@ static Picture parse_picture(const Bytes& file) {
 // Takes away the paper in its uneven light: the quadratic surface that most pixels lie near. Least absolute deviations,
 // by least squares in which a pixel counts the less the farther it lay off the time before.
 static void subtract_paper(Picture& p) {
-  constexpr int terms = 6;
-  std::vector<float> rest = p.value;
-  for (int round = 0; round < 8; round++) {
-    double A[terms][terms + 1] = {};  // the normal equations, and c in the last column after they are solved
-    const auto each_pixel = [&](auto use) {
-      for (size_t i = 0; i < p.value.size(); i++) {
+  for (int round = 0; round < 20; round++)
+    for (int term = 0; term < 6; term++) {  // they are nearly orthogonal, so one may be fitted after the other
+      const auto f = [&](size_t i) {
         const double x = (int(i) % p.width + .5) / p.width - .5, y = (int(i) / p.width + .5) / p.height - .5;
-        use(i, std::initializer_list<double>{1, x, y, x * x, x * y, y * y}.begin());
+        const double terms[] = {1, x, y, x * y, x * x - 1 / 12., y * y - 1 / 12.};
+        return terms[term];
+      };
+      double sum = 0, squares = 1e-9;
+      for (size_t i = 0; i < p.value.size(); i++) {
+        const double weight = round ? 1 / (std::fabs(p.value[i]) + 1) : 1;
+        sum += weight * f(i) * p.value[i], squares += weight * f(i) * f(i);
       }
-    };
-    each_pixel([&](size_t i, const double* f) {
-      const double weight = round ? 1 / (std::fabs(rest[i]) + 1) : 1;
-      for (int row = 0; row < terms; row++) {
-        for (int col = 0; col < terms; col++) A[row][col] += weight * f[row] * f[col];
-        A[row][terms] += weight * f[row] * p.value[i];
-      }
-    });
-    for (int i = 0; i < terms; i++) A[i][i] += 1e-6 * A[0][0];  // a row of one pixel has many such surfaces
-    for (int i = 0; i < terms; i++)
-      for (int row = 0; row < terms; row++)
-        for (int col = terms; col >= i && row != i; col--) A[row][col] -= A[row][i] / A[i][i] * A[i][col];
-    each_pixel([&](size_t i, const double* f) {
-      rest[i] = p.value[i];
-      for (int k = 0; k < terms; k++) rest[i] -= float(A[k][terms] / A[k][k] * f[k]);
-    });
-  }
-  p.value = rest;
+      for (size_t i = 0; i < p.value.size(); i++) p.value[i] -= float(sum / squares * f(i));
+    }
 }
 
 // Leaves 0 where there is paper, 1 where there is ink, between them at its edges.
@@ -2706,46 +2713,36 @@ static Bytes as_mnist(Picture p, int side) {
   return bytes;
 }
 
-static void show(const Bytes& pixels, int side) {  // two rows of pixels a line
-  setlocale(LC_CTYPE, "");
-  const bool blocks = !strcmp(nl_langinfo(CODESET), "UTF-8");
-  for (int y = 0; y < side; y += 2) {
+static void show(const Bytes& pixels, int side, std::vector<float> z) {  // what the network saw, and softmax of z
+  const float most = *std::max_element(z.begin(), z.end());
+  float sum = 0;
+  for (float& x : z) sum += x = std::exp(x - most);
+  printf("%ld (%.1f%%)\n", long(std::max_element(z.begin(), z.end()) - z.begin()), 100 / sum);
+  for (int line = 0; line < std::max((side + 1) / 2, 10); line++) {  // two rows of pixels
     printf("  ");
     for (int x = 0; x < side; x++) {
-      const int upper = pixels[y * side + x], lower = y + 1 < side ? pixels[(y + 1) * side + x] : 0;
+      const auto at = [&](int y) { return y < side ? pixels[y * side + x] : 0; };
       static const char* const block[] = {" ", "▀", "▄", "█"};
-      if (blocks) printf("%s", block[(upper > 127) + 2 * (lower > 127)]);
-      else putchar(" .:-=+*#%@"[(upper + lower) * 10 / 511]);
+      if (utf8()) printf("%s", block[(at(2 * line) > 127) + 2 * (at(2 * line + 1) > 127)]);
+      else putchar(" .:-=+*#%@"[(at(2 * line) + at(2 * line + 1)) * 10 / 511]);
     }
+    if (line < 10) printf("  %d %5.1f%% %s", line, 100 * z[line] / sum, bar(z[line] / sum, 20).c_str());
     printf("\n");
   }
 }
 static int answer(Options o) {
   if (o.files.size() < 2) misuse("mp predict MODEL IMAGE...: a saved model, then PNG or JPEG files");
   Mlp net = open_model(o);
-  const int side = int(std::lround(std::sqrt(o.layers.front()))), classes = o.layers.back();
-  if (side * side != o.layers.front() || classes != 10)
+  const int side = int(std::lround(std::sqrt(o.layers.front())));
+  if (side * side != o.layers.front() || o.layers.back() != 10)
     fail("%s: layers %s do not read digits: predict needs a square number of pixels and 10 classes", o.files[0].c_str(),
          joined(o.layers, ",").c_str());
   int status = 0;
   for (size_t n = 1; n < o.files.size(); n++) try {
       const Bytes pixels = parse_file(o.files[n], "predict takes a PNG or JPEG of one digit",
                                       [&](const Bytes& bytes) { return as_mnist(parse_picture(bytes), side); });
-      const std::vector<float> z = logits(net, pixels);
-      std::vector<std::pair<double, int>> chance;  // softmax, the largest first
-      double sum = 0;
-      for (int c = 0; c < classes; c++) chance.push_back({std::exp(z[c] - *std::max_element(z.begin(), z.end())), c});
-      for (const auto& [x, c] : chance) sum += x;
-      std::sort(chance.rbegin(), chance.rend());
       printf("%s: ", o.files[n].c_str());
-      for (int i = 0; i < 4 && (i == 0 || chance[i].first > sum / 1000); i++)
-        printf("%s%d (%.1f%%)",
-               i == 0   ? ""
-               : i == 1 ? "\n  then "
-                        : ", ",
-               chance[i].second, 100 * chance[i].first / sum);
-      printf("\n");
-      show(pixels, side);
+      show(pixels, side, logits(net, pixels));
     } catch (const Error& error) {
       fflush(stdout);
       fprintf(stderr, "mp: %s\n", error.what());
