@@ -89,7 +89,7 @@ READERS = sheet idx gz safetensors options picture
 build/fuzz/mp: tests.cpp mp.cu mp.h Makefile | packages
 	@command -v clang++ >/dev/null || { echo "make fuzz needs clang++ and its libFuzzer (Debian: clang, libclang-rt-dev)"; exit 1; }
 	@mkdir -p build/fuzz
-	clang++ -x c++ -std=c++17 $(WARN) -O1 -g -DMP_FUZZ -pthread -fsanitize=fuzzer,address,undefined \
+	clang++ -x c++ -std=c++17 $(WARN) -O1 -g $(NATIVE) -DMP_FUZZ -Wno-pass-failed -pthread -fsanitize=fuzzer,address,undefined \
 	  -fno-sanitize-recover=undefined tests.cpp -o $@
 fuzz: build/fuzz/mp $(B)/tests
 	@MP_SEEDS=build/fuzz/corpus $(B)/tests --no-skip --test-suite=fuzz >/dev/null

@@ -2657,45 +2657,21 @@ static void subtract_paper(Picture& p) {
 // Leaves 0 where there is paper, 1 where there is ink, between them at its edges.
 static void find_ink(Picture& p) {
   subtract_paper(p);
-  double tilt = 0, threshold = 0, ink = 0;
+  double tilt = 0, threshold = 0, paper = 0, ink = 0;
   for (const float x : p.value) tilt += x * std::fabs(x);  // the paper's noise is even, the ink is on one side
-  std::vector<float> noise;
-  for (float& x : p.value) x = tilt < 0 ? -x : x, noise.push_back(std::fabs(x));
-  std::nth_element(noise.begin(), noise.begin() + long(noise.size() / 2), noise.end());
-  threshold = *std::max_element(p.value.begin(), p.value.end()) / 2;
+  for (float& x : p.value) x = tilt < 0 ? -x : x, threshold = std::max(threshold, x / 2.);
   for (int round = 0; round < 20; round++) {  // halfway between the mean of what is below and the mean of what is above
     double sum[2] = {}, count[2] = {1e-9, 1e-9};
     for (const float x : p.value) sum[x > threshold] += std::max(x, 0.f), count[x > threshold]++;
-    ink = sum[1] / count[1], threshold = (sum[0] / count[0] + ink) / 2;
+    paper = sum[0] / count[0], ink = sum[1] / count[1], threshold = (paper + ink) / 2;
   }
-  if (!(ink > 12 && ink > 6 * noise[noise.size() / 2])) fail("blank: nothing stands out from its background");
+  if (!(ink > 12 && ink > 10 * paper)) fail("blank: nothing stands out from its background");
   for (float& x : p.value) x = float(std::clamp((x - threshold / 2) / (ink - threshold / 2), 0., 1.));
-}
-
-// Wipes out specks: pieces that have less than a twentieth of the largest one's ink.
-static void keep_large_pieces(Picture& p) {
-  std::vector<std::pair<double, std::vector<int>>> pieces;  // ink, pixels
-  std::vector<bool> seen(p.value.size());
-  for (int start = 0; start < int(seen.size()); start++) {
-    if (seen[start] || p.value[start] == 0) continue;
-    pieces.push_back({0, {start}});
-    auto& [ink, pixels] = pieces.back();
-    seen[start] = true;
-    for (size_t k = 0; k < pixels.size(); k++) {
-      const int at = pixels[k], x = at % p.width;
-      ink += p.value[at];
-      for (const int to : {x ? at - 1 : -1, x + 1 < p.width ? at + 1 : -1, at - p.width, at + p.width})
-        if (to >= 0 && to < int(seen.size()) && !seen[to] && p.value[to] > 0) seen[to] = true, pixels.push_back(to);
-    }
-  }
-  const double most = std::max_element(pieces.begin(), pieces.end())->first;
-  for (const auto& [ink, pixels] : pieces)
-    for (const int at : pixels) p.value[at] *= ink >= most / 20;
 }
 
 // [side, side] as in MNIST: white on black, fitted into 20/28 of the side, the centre of mass in the middle
 static Bytes as_mnist(Picture p, int side) {
-  find_ink(p), keep_large_pieces(p);
+  find_ink(p);
   double mass = 0, x_sum = 0, y_sum = 0;
   int left = p.width, right = 0, top = p.height, bottom = 0;
   for (int i = 0; i < int(p.value.size()); i++) {
