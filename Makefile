@@ -84,7 +84,7 @@ packages:
 
 # Each reader of files, pictures and options, under AddressSanitizer and UBSan. Its corpus grows in build/fuzz.
 RUNS = 100000
-READERS = sheet idx gz safetensors options picture
+READERS = picture sheet idx gz safetensors options
 .PHONY: fuzz
 build/fuzz/mp: tests.cpp mp.cu mp.h Makefile | packages
 	@command -v clang++ >/dev/null || { echo "make fuzz needs clang++ and its libFuzzer (Debian: clang, libclang-rt-dev)"; exit 1; }
