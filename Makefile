@@ -2,6 +2,7 @@
 # make run        learns the digits in data/;  make run ARGS="--precision fp32" passes options on
 # make test       runs all tests;  make test SANITIZE=1 under AddressSanitizer and UBSan
 # make plots      draws data/scale.svg, rate.svg and histogram.svg again
+# make fuzz       throws RUNS=100000 inputs at each reader of files, with clang++;  make fuzz READERS=gz, at one
 # make mnist      downloads MNIST into build/mnist;  make digits draws data/ again
 # make exercises  lists the exercises: pieces of mp.cu for you to write, each with a check and two hints
 # make cuda-check compiles for every GPU this nvcc knows, GPU or not;  make gpu tests and measures on one;  make format
@@ -80,6 +81,23 @@ packages:
 	  echo "  macOS:  brew install doctest, and stb_image.h from github.com/nothings/stb in a folder stb/ on CPATH"; \
 	  exit 1; \
 	fi
+
+# Each reader of files, pictures and options, under AddressSanitizer and UBSan. Its corpus grows in build/fuzz.
+RUNS = 100000
+READERS = picture sheet idx gz safetensors options
+.PHONY: fuzz
+build/fuzz/mp: tests.cpp mp.cu mp.h Makefile | packages
+	@command -v clang++ >/dev/null || { echo "make fuzz needs clang++ and its libFuzzer (Debian: clang, libclang-rt-dev)"; exit 1; }
+	@mkdir -p build/fuzz
+	clang++ -x c++ -std=c++17 $(WARN) -O1 -g $(NATIVE) -DMP_FUZZ -Wno-pass-failed -pthread -fsanitize=fuzzer,address,undefined \
+	  -fno-sanitize-recover=undefined tests.cpp -o $@
+fuzz: build/fuzz/mp $(B)/tests
+	@MP_SEEDS=build/fuzz/corpus $(B)/tests --no-skip --test-suite=fuzz >/dev/null
+	@for r in $(READERS); do \
+	  MP_READER=$$r build/fuzz/mp -runs=$(RUNS) -max_len=4096 -rss_limit_mb=1024 -malloc_limit_mb=256 -timeout=10 -verbosity=0 \
+	  -print_final_stats=1 -artifact_prefix=build/fuzz/$$r- build/fuzz/corpus/$$r >build/fuzz/log 2>&1 || \
+	  { cat build/fuzz/log; echo "$$r: a finding; the input is in build/fuzz/$$r-*"; exit 1; }; \
+	  echo "$$r: $$(sed -n 's/stat::number_of_executed_units: *//p' build/fuzz/log) inputs, no finding"; done
 
 MNIST = https://ossci-datasets.s3.amazonaws.com/mnist
 mnist:

@@ -11,6 +11,7 @@
 //
 // The same kernels run on an NVIDIA GPU and, thread by thread, on a CPU: mp.h, part 2. Start reading at train_step().
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -835,7 +836,11 @@ __attribute__((format(printf, 1, 2))) static std::string format(const char* word
 
 #define CHECK(call) check(call, #call, __FILE__, __LINE__)
 static void check(cudaError_t error, const char* call, const char* file, int line) {
-  if (error != cudaSuccess) fail("%s:%d: %s: %s", file, line, call, cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  fail(
+      "the device failed: %s (%s:%d: %s); what --save wrote last is whole: go on from it with --resume; "
+      "compute-sanitizer before the same command names the kernel",
+      cudaGetErrorString(error), file, line, call);
 }
 template <class T> static std::shared_ptr<T> device_array(size_t count) {
   const size_t bytes = std::max(count * sizeof(T), size_t(1));
@@ -989,23 +994,27 @@ void LossScaler::write(const StepState& s) { CHECK(cudaMemcpy(state.get(), &s, s
 
 // ==== 3.2 step 6: evaluation and dynamic precision ===================================================================
 // Box H, the output: forward alone, with the 16-bit weights that training uses, and the largest logit wins.
-std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
+std::vector<float> logits(Mlp& net, const std::vector<uint8_t>& pixels) {
   const size_t in = size_t(net.layer[0].a.cols), count = pixels.size() / in;
   const std::shared_ptr<uint8_t> bytes = on_device(pixels);
-  std::vector<int> answer;
+  std::vector<float> all;
   for (size_t first = 0; first < count; first += size_t(net.batch)) {
     Batch batch;
     batch.pixels = bytes.get() + first * in;
     batch.rows = int(std::min(size_t(net.batch), count - first));
     preprocess(net, batch, nullptr);
     for (int l = 1; l <= net.L; l++) forward(net, l);
-    const std::vector<float> logits = to_host(first_rows(net.layer[net.L].a, batch.rows));
-    const size_t classes = logits.size() / size_t(batch.rows);
-    for (int row = 0; row < batch.rows; row++) {
-      const float* z = &logits[size_t(row) * classes];
-      answer.push_back(int(std::max_element(z, z + classes) - z));
-    }
+    const std::vector<float> z = to_host(first_rows(net.layer[net.L].a, batch.rows));
+    all.insert(all.end(), z.begin(), z.end());
   }
+  return all;
+}
+std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
+  const std::vector<float> all = logits(net, pixels);
+  const int classes = net.layer[net.L].a.cols;
+  std::vector<int> answer;
+  for (const float* z = all.data(); z < all.data() + all.size(); z += classes)
+    answer.push_back(int(std::max_element(z, z + classes) - z));
   return answer;
 }
 
@@ -1164,6 +1173,19 @@ template <class F> static auto parse_file(const std::string& path, const char* a
   }
 }
 
+// All who write to one path take turns under one temporary name. The lock dies with its owner, and what a killed one left
+// behind is written over.
+static FILE* open_temporary(const std::string& path) {
+  for (;;) {
+    const int number = open(path.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
+    if (number < 0) return nullptr;
+    struct stat mine, there;
+    const bool locked = flock(number, LOCK_EX) == 0 || errno == ENOTSUP || errno == ENOLCK;
+    if (locked && fstat(number, &mine) == 0 && stat(path.c_str(), &there) == 0 && mine.st_ino == there.st_ino)
+      return ftruncate(number, 0) == 0 ? fdopen(number, "wb") : nullptr;
+    close(number);  // whoever had it has renamed it meanwhile
+  }
+}
 // Whoever reads the path sees the old file or the new one, never half of it; after a power cut too, for the bytes reach
 // the disk before the name does.
 void write_file(const std::string& path, const std::string& bytes) {
@@ -1172,15 +1194,15 @@ void write_file(const std::string& path, const std::string& bytes) {
   if (old && !S_ISREG(info.st_mode)) fail("%s: this is a folder, a device or a pipe; name a file", path.c_str());
   if (old && access(path.c_str(), W_OK) != 0) fail("%s: %s; name another file", path.c_str(), strerror(errno));
   const auto target = old ? std::filesystem::canonical(path) : std::filesystem::path(path);  // where a link leads
-  const std::string temporary = target.string() + ".tmp" + std::to_string(getpid());
+  const std::string temporary = target.string() + ".unfinished";
   signal(SIGXFSZ, SIG_IGN);  // so that a limit on file sizes is an error, as a full disk is
-  FILE* const file = fopen(temporary.c_str(), "wb");
+  FILE* const file = open_temporary(temporary);
   const bool written = file && fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size() && fflush(file) == 0 &&
                        fsync(fileno(file)) == 0;
   const int reason = written && rename(temporary.c_str(), target.c_str()) == 0 ? 0 : errno;
+  if (file && reason != 0) unlink(temporary.c_str());
   if (file) fclose(file);
   if (reason != 0) {
-    unlink(temporary.c_str());
     fail("%s: not written: %s; %s%s", path.c_str(), strerror(reason),
          reason == ENOENT ? "make its folder first" : "make room or save elsewhere",
          old ? ", the old file is kept" : "");
@@ -1224,6 +1246,28 @@ static void check_png(const Bytes& file) {
     if (length == 0 && file[at + 4] == 'I' && file[at + 5] == 'D') fail("no data in the chunk at byte %zu", at);
     at += length + 12;
   } while (memcmp(&file[at - length - 8], "IEND", 4) != 0);
+}
+
+// stb_image writes a JPEG's Huffman table before it counts the codes, which are at most 256, and follows segments to
+// wherever they lead. Whatever it may take for a marker is one here.
+static void check_jpeg(const Bytes& file) {
+  for (size_t at = 2; at + 1 < file.size();) {
+    const int marker = file[at] == 0xff ? file[at + 1] : 0;
+    if (marker == 0xd9) return;                                      // the end
+    if (marker == 0 || marker == 0xff || (marker & 0xf8) == 0xd0) {  // of no segment: pixels, filling or a restart
+      at++;
+      continue;
+    }
+    const size_t length = file.size() - at < 4 ? 0 : size_t(file[at + 2] << 8 | file[at + 3]), end = at + 2 + length;
+    if (length < 2 || end > file.size()) fail("the file ends within the segment at byte %zu", at);
+    for (size_t table = at + 4; marker == 0xc4 && table < end;) {
+      size_t codes = 0;
+      for (size_t i = table + 1; i <= table + 16; i++) codes += i < end ? file[i] : 256;
+      if (codes > 256 || table + 17 + codes > end) fail("damaged: the Huffman table at byte %zu", table);
+      table += 17 + codes;
+    }
+    at = end;
+  }
 }
 
 // A sheet: square tiles, 100 in a row; row r of tiles shows the digit r mod 10 and no other.
@@ -2333,17 +2377,21 @@ static int pictures(const std::string& command, Options o) {
   return !comparing ? histogram(o, data) : o.sweep.empty() ? compare(o, data) : sweep(o, data);
 }
 
-static int test(Options o) {
-  if (o.files.size() != 1) misuse("mp test MODEL [--data DIR]: one saved model, as --save writes it");
+static Mlp open_model(Options& o) {  // the first of o.files, with the options that it was trained with
   const SafeTensors file = read_safetensors(o.files[0]);
   if (file.metadata.count("precision") == 0) o.precision = Type::fp32;  // written by another program
   take_options(o, file, o.files[0]), take_layers(o, file, o.files[0]);
-  const Dataset data = load_dataset(o.data);
-  o.batch = std::min(1000, data.test.count);
-  check_fit(o, data.test);
-  Mlp net = make_mlp(o.layers, o.batch, o.precision, o.update);
+  Mlp net = make_mlp(o.layers, 64, o.precision, o.update);
   take_weights(net, file, o.files[0]);
   if (o.automatic) take_types(net, file, o.files[0]);
+  return net;
+}
+static int test(Options o) {
+  if (o.files.size() != 1) misuse("mp test MODEL [--data DIR]: one saved model, as --save writes it");
+  Mlp net = open_model(o);
+  const Dataset data = load_dataset(o.data);
+  o.batch = 1;
+  check_fit(o, data.test);
   const std::vector<int> answer = predict(net, data.test.pixel);
   int count[10][10] = {}, right = 0;
   for (size_t i = 0; i < answer.size(); i++) {
@@ -2535,6 +2583,150 @@ static int bench(bool csv) {
   return 0;
 }
 
+// ==== Any picture of a digit, brought to MNIST's form ================================================================
+struct Picture {
+  int width, height;
+  std::vector<float> value;  // [height, width]
+};
+// The mean over squares of `step` pixels, the first with its corner at (left, top). Outside, pixel(x, y) counts as 0.
+template <class F> static Picture resample(int from_width, int from_height, F pixel, double left, double top,
+                                           double step, int width, int height) {
+  Picture to{width, height, {}};
+  const auto overlap = [&](int i, double from) { return std::min(i + 1., from + step) - std::max(double(i), from); };
+  for (double y = top; int(to.value.size()) < width * height; y += step)
+    for (int n = 0; n < width; n++) {
+      const double x = left + n * step;
+      double sum = 0;
+      for (int j = std::max(0, int(std::floor(y))); j < from_height && j < y + step; j++)
+        for (int i = std::max(0, int(std::floor(x))); i < from_width && i < x + step; i++)
+          sum += pixel(i, j) * overlap(i, x) * overlap(j, y);
+      to.value.push_back(float(sum / (step * step)));
+    }
+  return to;
+}
+
+// A PNG or JPEG in grey, 0 to 255, its longer side at most 400 pixels. What is transparent shows a paper that its ink
+// stands out from.
+static Picture parse_picture(const Bytes& file) {
+  const bool png = !file.empty() && file[0] == 0x89;
+  png ? check_png(file) : check_jpeg(file);
+  int width = 0, height = 0, channels = 0;
+  stb_most = 1 << 16;
+  if (!stbi_info_from_memory(file.data(), int(file.size()), &width, &height, &channels)) fail("this is no PNG or JPEG");
+  const size_t pixels = size_t(width) * size_t(height), kind = png ? file[25] : 0;
+  const size_t bits = png ? file[24] * (kind == 3 ? 1 : 1 + (kind & 2) + kind / 4) : 0;  // a pixel, in a PNG
+  if (pixels > 50'000'000) fail("%d x %d pixels are more than 50 million", width, height);
+  if (pixels * bits / 8 / kDeflateRatio > file.size() || (!png && pixels / 512 > file.size()))  // a bit for 8 x 8
+    fail("%d x %d pixels cannot be in this file", width, height);
+  stb_most = 2 * file.size() + 9 * size_t(width + 32) * size_t(height + 32) + (1 << 16);
+  const std::unique_ptr<uint8_t, void (*)(void*)> grey_and_alpha(
+      stbi_load_from_memory(file.data(), int(file.size()), &width, &height, &channels, 2), stbi_image_free);
+  if (!grey_and_alpha) fail("damaged: its pixels cannot be decoded");
+  const uint8_t* const pixel = grey_and_alpha.get();
+  double opaque = 1e-9, light = 0;
+  for (size_t i = 0; i < pixels; i++) opaque += pixel[2 * i + 1], light += pixel[2 * i] * pixel[2 * i + 1];
+  light /= opaque;  // the mean of what can be seen, which is ink if it is less than half
+  const double behind = opaque > 127.5 * double(pixels) ? light : light < 127.5 ? 255 : 0;
+  const double step = std::max(1.0, std::max(width, height) / 400.0);
+  const auto grey = [&](int x, int y) {
+    const uint8_t* const p = pixel + 2 * (size_t(y) * size_t(width) + size_t(x));
+    return behind + (p[0] - behind) * p[1] / 255;
+  };
+  return resample(width, height, grey, 0, 0, step, std::max(1, int(width / step)), std::max(1, int(height / step)));
+}
+
+// Takes away the paper in its uneven light: the quadratic surface that most pixels lie near. Least absolute deviations,
+// by least squares in which a pixel counts the less the farther it lay off the time before.
+static void subtract_paper(Picture& p) {
+  for (int round = 0; round < 20; round++)
+    for (int term = 0; term < 6; term++) {  // they are nearly orthogonal, so one may be fitted after the other
+      const auto f = [&](size_t i) {
+        const double x = (int(i) % p.width + .5) / p.width - .5, y = (int(i) / p.width + .5) / p.height - .5;
+        const double terms[] = {1, x, y, x * y, x * x - 1 / 12., y * y - 1 / 12.};
+        return terms[term];
+      };
+      double sum = 0, squares = 1e-9;
+      for (size_t i = 0; i < p.value.size(); i++) {
+        const double weight = round ? 1 / (std::fabs(p.value[i]) + 1) : 1;
+        sum += weight * f(i) * p.value[i], squares += weight * f(i) * f(i);
+      }
+      for (size_t i = 0; i < p.value.size(); i++) p.value[i] -= float(sum / squares * f(i));
+    }
+}
+
+// Leaves 0 where there is paper, 1 where there is ink, between them at its edges.
+static void find_ink(Picture& p) {
+  subtract_paper(p);
+  double tilt = 0, threshold = 0, paper = 0, ink = 0;
+  for (const float x : p.value) tilt += x * std::fabs(x);  // the paper's noise is even, the ink is on one side
+  for (float& x : p.value) x = tilt < 0 ? -x : x, threshold = std::max(threshold, x / 2.);
+  for (int round = 0; round < 20; round++) {  // halfway between the mean of what is below and the mean of what is above
+    double sum[2] = {}, count[2] = {1e-9, 1e-9};
+    for (const float x : p.value) sum[x > threshold] += std::max(x, 0.f), count[x > threshold]++;
+    paper = sum[0] / count[0], ink = sum[1] / count[1], threshold = (paper + ink) / 2;
+  }
+  if (!(ink > 12 && ink > 10 * paper)) fail("blank: nothing stands out from its background");
+  for (float& x : p.value) x = float(std::clamp((x - threshold / 2) / (ink - threshold / 2), 0., 1.));
+}
+
+// [side, side] as in MNIST: white on black, fitted into 20/28 of the side, the centre of mass in the middle
+static Bytes as_mnist(Picture p, int side) {
+  find_ink(p);
+  double mass = 0, x_sum = 0, y_sum = 0;
+  int left = p.width, right = 0, top = p.height, bottom = 0;
+  for (int i = 0; i < int(p.value.size()); i++) {
+    const int x = i % p.width, y = i / p.width;
+    mass += p.value[i], x_sum += p.value[i] * (x + .5), y_sum += p.value[i] * (y + .5);
+    if (p.value[i] < .25) continue;
+    left = std::min(left, x), right = std::max(right, x + 1), top = std::min(top, y), bottom = std::max(bottom, y + 1);
+  }
+  const double step = std::max(right - left, bottom - top) * 28. / (20 * side), middle = side * step / 2;
+  const auto ink = [&](int x, int y) { return double(p.value[y * p.width + x]); };
+  p = resample(p.width, p.height, ink, x_sum / mass - middle, y_sum / mass - middle, step, side, side);
+  const float most = *std::max_element(p.value.begin(), p.value.end());
+  Bytes bytes;
+  for (const float x : p.value) bytes.push_back(uint8_t(std::lround(255 * x / most)));
+  return bytes;
+}
+
+static void show(const Bytes& pixels, int side, std::vector<float> z) {  // what the network saw, and softmax of z
+  const float most = *std::max_element(z.begin(), z.end());
+  float sum = 0;
+  for (float& x : z) sum += x = std::exp(x - most);
+  printf("%ld (%.1f%%)\n", long(std::max_element(z.begin(), z.end()) - z.begin()), 100 / sum);
+  for (int line = 0; line < std::max((side + 1) / 2, 10); line++) {  // two rows of pixels
+    printf("  ");
+    for (int x = 0; x < side; x++) {
+      const auto at = [&](int y) { return y < side ? pixels[y * side + x] : 0; };
+      static const char* const block[] = {" ", "▀", "▄", "█"};
+      if (utf8()) printf("%s", block[(at(2 * line) > 127) + 2 * (at(2 * line + 1) > 127)]);
+      else putchar(" .:-=+*#%@"[(at(2 * line) + at(2 * line + 1)) * 10 / 511]);
+    }
+    if (line < 10) printf("  %d %5.1f%% %s", line, 100 * z[line] / sum, bar(z[line] / sum, 20).c_str());
+    printf("\n");
+  }
+}
+static int answer(Options o) {
+  if (o.files.size() < 2) misuse("mp predict MODEL IMAGE...: a saved model, then PNG or JPEG files");
+  Mlp net = open_model(o);
+  const int side = int(std::lround(std::sqrt(o.layers.front())));
+  if (side * side != o.layers.front() || o.layers.back() != 10)
+    fail("%s: layers %s do not read digits: predict needs a square number of pixels and 10 classes", o.files[0].c_str(),
+         joined(o.layers, ",").c_str());
+  int status = 0;
+  for (size_t n = 1; n < o.files.size(); n++) try {
+      const Bytes pixels = parse_file(o.files[n], "predict takes a PNG or JPEG of one digit",
+                                      [&](const Bytes& bytes) { return as_mnist(parse_picture(bytes), side); });
+      printf("%s: ", o.files[n].c_str());
+      show(pixels, side, logits(net, pixels));
+    } catch (const Error& error) {
+      fflush(stdout);
+      fprintf(stderr, "mp: %s\n", error.what());
+      status = 1;
+    }
+  return status;
+}
+
 // ==== The command line ===============================================================================================
 static const char usage_text[] =
     "usage: mp train [OPTION...]            learn digits, a row of figures an epoch\n"
@@ -2542,6 +2734,7 @@ static const char usage_text[] =
     "       mp compare [OPTION...]          with one technique off at a time; --sweep scale|lr [--svg FILE]\n"
     "       mp histogram [MODEL] [OPTION...]  exponents against fp16's range, after an epoch or of MODEL; [--svg "
     "FILE]\n"
+    "       mp predict MODEL IMAGE...       which digit each PNG or JPEG shows\n"
     "       mp article                      the article's 1-5-1 network, as written and with ReLU\n"
     "       mp bench [--csv]                the matrix products and the training step: how fast, how large\n"
     "       mp --help, mp train --help      every option with its default\n";
@@ -2567,7 +2760,9 @@ static Options parse(const std::string& command, const std::vector<std::string>&
     const std::string name = words[i].substr(2, equals == std::string::npos ? equals : equals - 2);
     const Option* option = find_option(name);
     if (!option) misuse("unknown option --" + name);
-    if (command == "test" && name != "data") misuse("--" + name + " is an option of mp train; mp test has only --data");
+    if (command == "predict" || (command == "test" && name != "data"))
+      misuse("--" + name + " is an option of mp train; mp " + command +
+             (command == "test" ? " has only --data" : " has none"));
     if (o.has(option->name)) misuse("--" + name + " is given twice");
     const std::string next = i + 1 < words.size() ? words[i + 1] : "";
     const std::string value = equals == std::string::npos ? next : words[i].substr(equals + 1);
@@ -2582,10 +2777,12 @@ static int run_command(const std::vector<std::string>& words) {
   const std::string command = words.empty() ? "" : words[0];
   for (const std::string& word : words)
     if (word == "--help" || word == "-h") return print_help(), 0;
-  if (command == "train" || command == "test" || command == "compare" || command == "histogram") {
+  if (command == "train" || command == "test" || command == "compare" || command == "histogram" ||
+      command == "predict") {
     const Options o = parse(command, {words.begin() + 1, words.end()});
     machine();  // fails at once where a CUDA build finds no device
     if (command == "test") return test(o);
+    if (command == "predict") return answer(o);
     if (command != "train") return pictures(command, o);
     if (!o.sweep.empty() || !o.svg.empty()) misuse("--sweep and --svg are for mp compare and mp histogram");
     if (!o.files.empty()) misuse("'" + o.files[0] + "' is no option");

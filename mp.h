@@ -163,7 +163,8 @@ void weight_gradient(Mlp& net, int l);                                    // F  
 void unscale_and_check(Mlp& net, LossScaler& scaler);                     // G    found_inf
 void update(Mlp& net, LossScaler& scaler, float lr);                      // G    w -= lr g / scale, unless found_inf
 void train_step(Mlp& net, const Batch& batch, LossScaler& scaler, float lr);
-// H: the class with the largest logit of each of n images (host memory, [n, in] bytes)
+// H, the output for n images (host memory, [n, in] bytes): logits [n, classes], or the class with the largest one
+std::vector<float> logits(Mlp& net, const std::vector<uint8_t>& pixels);
 std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels);
 
 // ---- Dynamic precision (article 3.1, 3.2 step 6): what would fp16 make of these numbers? ----------------------------

@@ -4,6 +4,44 @@
 //
 // Comparisons are written so that NaN fails, and a tolerance says where it comes from. e = 2^-24 is the largest
 // relative error of one fp32 operation.
+#if defined(MP_FUZZ)
+// ==== make fuzz: libFuzzer throws bytes at one reader, which may refuse them and do nothing else ====================
+#include "mp.cu"
+
+static const std::map<std::string, void (*)(const Bytes&)> readers = {
+    {"sheet", [](const Bytes& b) { parse_sheet(b); }},
+    {"idx",
+     [](const Bytes& b) {
+       std::vector<uint32_t> dimension(b.size() > 3 && b[3] == 1 ? 1 : 3);
+       parse_idx(b, dimension);
+     }},
+    {"gz", [](const Bytes& b) { gunzip(b); }},
+    {"safetensors",
+     [](const Bytes& b) {
+       const SafeTensors file = parse_safetensors(b);
+       Options o;
+       take_options(o, file, "file"), take_layers(o, file, "file");
+     }},
+    {"options",
+     [](const Bytes& b) {  // a word a line
+       std::istringstream lines(std::string(b.begin(), b.end()));
+       std::vector<std::string> words;
+       for (std::string command; std::getline(lines, command);) words.push_back(command);
+       refuse_contradictions(parse("train", words));
+     }},
+    {"picture", [](const Bytes& b) {
+       const Picture p = parse_picture(b);
+       if (p.value.size() < 4096) as_mnist(p, 28);  // larger ones take long, and go the same way
+     }}};
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
+  static const auto read = readers.at(getenv("MP_READER"));
+  try {
+    read(Bytes(bytes, bytes + size));
+  } catch (const Error&) {}
+  return 0;
+}
+#else
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sys/resource.h>
@@ -2006,8 +2044,9 @@ string gzip(const string& bytes, int flags = 0, const string& fields = "") {
 }
 string chunk(const string& type, const string& data) { return big(data.size()) + type + data + big(crc(type + data)); }
 string png(uint32_t width, uint32_t height, const string& pixels, int bits = 8, int kind = 0) {
+  const size_t wide = size_t(width) * size_t(bits / 8) * size_t(1 + (kind & 2) + kind / 4);  // grey, colour; alpha
   string rows;  // each begins with its filter: none
-  for (size_t at = 0; at < pixels.size(); at += width) rows += '\0' + pixels.substr(at, width);
+  for (size_t at = 0; at < pixels.size(); at += wide) rows += '\0' + pixels.substr(at, wide);
   return "\x89PNG\r\n\x1a\n" + chunk("IHDR", big(width) + big(height) + char(bits) + char(kind) + string(3, '\0')) +
          chunk("IDAT", "\x78\x01" + stored(rows) + "????") + chunk("IEND", "");
 }
@@ -2359,6 +2398,13 @@ TEST_SUITE("command_line") {
     w.put("train.png", sheet(1, 4).substr(0, 300));
     w.put("test.png", sheet(1, 4));
     check_refused(w.train(""), {"train.png: the file ends within"});
+    w.put("train.png", sheet(10, 14)), w.put("test.png", sheet(10, 14));
+    check_success(w.train("--epochs 1 --layers 196,8,10"));
+    check_refused(w.train("--layers 784,128,10"), {"784,128,10", "196 pixels", "--layers 196,128,10"});
+    w.put("train.png", sheet(10, 32)), w.put("test.png", sheet(10, 32));
+    check_refused(w.train("--layers 784,128,10"), {"1024 pixels", "--layers 1024,128,10"});
+    w.put("test.png", png(2800, 28, string(2800 * 28 * 3, 'x'), 8, 2));
+    check_refused(w.train("--layers 784,128,10"), {"test.png: in colour", "8-bit grey"});
   }
 }
 
@@ -2469,9 +2515,18 @@ TEST_SUITE("training") {
 #if defined(MP_ASAN)
     options += " --epochs 1", least = 85;  // it is slow
 #endif
-    const Outcome o = Workplace().run("train " + options);
+    const Workplace w;
+    const Outcome o = w.run("train --save m " + options);
     check_success(o);
     CHECK_MESSAGE((!table_of(o).empty() && table_of(o).back()[ACCURACY] >= least), o.out);
+    string photos;  // their names begin with the digit that they show
+    for (const auto& file : std::filesystem::directory_iterator("data/photos"))
+      photos += " " + std::filesystem::absolute(file.path()).string();
+    const Outcome read = w.run("predict m" + photos);
+    check_success(read);
+    int right = 0;
+    for (const char* at = read.out.c_str(); (at = strstr(at, "/photos/")); at++) right += at[8] == strchr(at, ':')[2];
+    CHECK_MESSAGE(right >= (least > 90 ? 10 : 5), read.out);
   }
 }
 
@@ -2514,9 +2569,14 @@ TEST_SUITE("checkpoints") {
     const string options = "--batch 1 --epochs 3 --lr 0.02 --update kahan --growth-interval 300 --log log.csv --save ";
     check_success(w.train(options + "want"));
     const string want = w.get("want"), log = w.get("log.csv");
-    const std::array<int, 2> stops[] = {{SIGINT, 2500},  {SIGTERM, 2500}, {SIGKILL, 100}, {SIGKILL, 2000},
-                                        {SIGKILL, 2000}, {SIGKILL, 2001}, {SIGKILL, 4100}};
-    for (const auto& stop : stops) {  // a signal, and when: 2000 rows are an epoch, it is about to write a checkpoint
+    // A signal, and at how many rows of the log: 2000 are an epoch, after which a checkpoint is written
+    std::vector<std::array<int, 2>> stops = {{SIGINT, 2500}, {SIGTERM, 2500}};
+    unsigned random = 1;
+    for (int i = 0; i < 20; i++) {
+      random = random * 1664525 + 1013904223;
+      stops.push_back({SIGKILL, i % 2 ? int(random >> 8) % 5500 : 2000 + i % 4 * 1000 + int(random >> 8) % 3});
+    }
+    for (const auto& stop : stops) {
       INFO("signal ", stop[0], " when the log has ", stop[1], " rows");
       bool stopped = false;
       for (int attempt = 0; attempt < 5 && !stopped; attempt++) {  // on a busy machine a signal may come late
@@ -2540,6 +2600,28 @@ TEST_SUITE("checkpoints") {
       check_success(w.resume("m --log log.csv"));
       CHECK((w.get("m") == want));
       CHECK((w.get("log.csv") == log));
+    }
+  }
+  TEST_CASE("of two runs that save to one file, each writes it whole") {
+    const Workplace w;
+    const string options = "--epochs 30 --layers 16,200,10 --save ";
+    const auto in_the_background = [&](const string& seed) {
+      return w.start("train --batch 100 --data . " + options + "m --seed " + seed, "exec >out" + seed + ";");
+    };
+    for (const string seed : {"1", "2"})
+      check_success(w.train("--batch 100 " + options + "alone" + seed + " --seed " + seed));
+    for (int round = 0; round < 5; round++) {
+      const pid_t one = in_the_background("1"), two = in_the_background("2");
+      siginfo_t ended = {};
+      for (int damaged = 0; ended.si_pid == 0;) {
+        damaged += !w.get("m").empty() && error_of([&] { w.model("m"); }) != "";
+        CHECK(damaged == 0);
+        waitid(P_PID, id_t(one), &ended, WEXITED | WNOHANG | WNOWAIT);
+      }
+      CHECK(w.finish(one).status == 0);
+      CHECK(w.finish(two).status == 0);
+      CHECK((w.get("m") == w.get("alone1") || w.get("m") == w.get("alone2")));
+      CHECK(w.get("m.unfinished").empty());
     }
   }
   TEST_CASE("options beside --resume override the checkpoint's; a damaged one is refused") {
@@ -2728,3 +2810,123 @@ TEST_SUITE("compare") {
     check_refused(w.train("--sweep lr"), {"--sweep and --svg"}, 2);
   }
 }
+
+TEST_SUITE("predict") {
+  // A seven in 20 x 20 pixels
+  static int ink(int x, int y) {
+    return (y >= 3 && y < 6 && x >= 5 && x < 16) || (y >= 6 && y < 17 && x >= 10 && x < 13);
+  }
+  // A network that knows nothing: all chances are equal, and the picture beside them is what it saw.
+  static string ignorant(int in, int out) {
+    const string x = std::to_string(in), y = std::to_string(out), weights = std::to_string(4 * in * out),
+                 end = std::to_string(4 * (in + 1) * out);
+    return tensors("{" + entry("0.weight", "F32", y + "," + x, "0," + weights) + "," +
+                       entry("0.bias", "F32", y, weights + "," + end) + "}",
+                   string(size_t(4 * (in + 1) * out), '\0'));
+  }
+  TEST_CASE("dark or light ink, colour, alpha, 16 bits, larger, off-centre: the network sees the same") {
+    const Workplace w;
+    w.put("m", ignorant(784, 10));
+    // rows of 20 x 20, `times` as large and moved within `wide` pixels, each as pixel(ink) gives it
+    const auto picture = [](int wide, int times, int left, int top, auto pixel) {
+      string bytes;
+      for (int y = 0; y < wide; y++)
+        for (int x = 0; x < wide; x++)
+          bytes += pixel(x < left || y < top ? 0 : ink((x - left) / times, (y - top) / times));
+      return bytes;
+    };
+    const auto grey = [](int i) { return string(1, char(220 - 200 * i)); };
+    const auto twice = [](int i) { return string(2, char(220 - 200 * i)); };
+    const auto colour = [](int i) { return i ? string("\x10\x20\x80") : string("\xf0\xe0\xd0"); };
+    const auto opaque = [&](int i) { return colour(i) + "\xff"; };
+    w.put("grey.png", png(20, 20, picture(20, 1, 0, 0, grey)));
+    w.put("light.png", png(20, 20, picture(20, 1, 0, 0, [](int i) { return string(1, char(30 + 200 * i)); })));
+    w.put("16_bits.png", png(20, 20, picture(20, 1, 0, 0, twice), 16));
+    w.put("colour.png", png(20, 20, picture(20, 1, 0, 0, colour), 8, 2));
+    w.put("opaque.png", png(20, 20, picture(20, 1, 0, 0, opaque), 8, 6));
+    w.put("black.png", png(20, 20, picture(20, 1, 0, 0, [](int i) { return '\0' + string(1, char(255 * i)); }), 8, 4));
+    w.put("white.png",
+          png(20, 20, picture(20, 1, 0, 0, [](int i) { return '\xff' + string(1, char(255 * i)); }), 8, 4));
+    w.put("aside.png", png(50, 50, picture(50, 1, 29, 3, grey)));
+    w.put("large.png", png(60, 60, picture(60, 3, 0, 0, grey)));
+    string want;
+    for (const string name : {"grey", "light", "16_bits", "colour", "opaque", "black", "white", "aside", "large"}) {
+      const Outcome o = w.run("predict m " + name + ".png", "LC_ALL=C.UTF-8");
+      check_success(o);
+      CHECK_MESSAGE(o.out.rfind(name + ".png: 0 (10.0%)\n", 0) == 0, o.out);
+      const string seen = o.out.substr(o.out.find('\n'));
+      if (want.empty()) want = seen;
+      CHECK_MESSAGE(seen == want, o.out, want);
+    }
+    CHECK_MESSAGE(std::count(want.begin(), want.end(), '\n') == 15, want);
+    check_words(want, {"█", "  9  10.0% ██"});
+    check_words(w.run("predict m grey.png", "LC_ALL=C").out, {"@@@", "  9  10.0% ##"});
+  }
+  TEST_CASE("what cannot be read is told in a line, and the others are answered") {
+    const Workplace w;
+    string noise(10000, '\0');
+    unsigned random = 1;
+    for (char& grey : noise) random = random * 1664525 + 1013904223, grey = char(128 + (random >> 24) % 9);
+    w.put("m", ignorant(784, 10)), w.put("oblong", ignorant(783, 10)), w.put("nine", ignorant(784, 9));
+    string seven;
+    for (int i = 0; i < 400; i++) seven += char(250 - 200 * ink(i % 20, i / 20));
+    w.put("good.png", png(20, 20, seven));
+    const auto dht = [](const string& counts, size_t values) {
+      return "\xff\xc4" + big(19 + values).substr(2) + '\0' + counts + string(values, 'x');
+    };
+    const string none(14, '\0'), jpeg = "\xff\xd8";
+    // clang-format off
+    const std::pair<string, string> bad[] = {
+        {"no PNG or JPEG", "hello"}, {"no PNG or JPEG", ""}, {"blank", png(100, 100, string(10000, 'x'))},
+        {"blank", png(100, 100, noise)}, {"blank", png(1, 1, "x")}, {"ends within the chunk", png(9, 9, "x").substr(0, 50)},
+        {"8000 x 8000 pixels are more than 50 million", png(8000, 8000, "x")},
+        {"5000 x 5000 pixels cannot be in this file", png(5000, 5000, "x")}, {"cannot be decoded", png(9, 9, "x")},
+        {"ends within the segment at byte 2", jpeg + "\xff\xe0\x10\x10 "}, {"segment at byte 2", jpeg + "\xff\xfe"},
+        {"Huffman table at byte 6", jpeg + dht(string(16, '\xff'), 4080)},  // stb_image writes them all into room for 256
+        {"Huffman table at byte 6", jpeg + dht(none + "\x02\xff", 257)}, {"no PNG", jpeg + dht(none + "\x01\xff", 256)},
+        {"Huffman table at byte 7", jpeg + "\xff" + dht(none + "\x01\x02", 2)}};
+    // clang-format on
+    for (const auto& [words, bytes] : bad) {
+      w.put("bad.png", bytes);
+      const Outcome o = w.run("predict m good.png bad.png good.png");
+      check_refused(o, {"mp: bad.png: ", words});
+      CHECK(o.out.find("good.png: 0 (10.0%)") < o.out.rfind("good.png: 0 (10.0%)"));
+    }
+    check_refused(w.run("predict m good.png no.png"), {"no.png: No such file"});
+    check_refused(w.run("predict oblong good.png"), {"oblong: layers 783,10", "square"});
+    check_refused(w.run("predict nine good.png"), {"nine: layers 784,9", "10 classes"});
+    check_refused(w.run("predict good.png good.png"), {"good.png: "});
+    check_refused(w.run("predict m"), {"mp predict MODEL IMAGE..."}, 2);
+    check_refused(w.run("predict m good.png --seed 2"), {"--seed", "mp predict has none"}, 2);
+  }
+}
+
+// `make fuzz` begins with these.
+TEST_SUITE("fuzz") {
+  TEST_CASE("seeds, into the folder MP_SEEDS" * doctest::skip()) {
+    const string x = entry("0.weight", "F32", "1,2", "0,8") + "," + entry("0.bias", "BF16", "1", "8,10");
+    const auto with_options = R"({"__metadata__":{"lr":"1","update":"kahan"},)";
+    Words pictures = {png(9, 9, string(30, ' ') + string(51, 'z')), png(6, 3, string(18, '0'), 16, 4)};
+    for (const string name : {"3_transparent.png", "7_tiny.png", "8_pale.jpg"}) {
+      const auto bytes = read_file("data/photos/" + name);
+      pictures.emplace_back(bytes.begin(), bytes.end());
+    }
+    const string all = gzip(string(1000, 'a'), 31, little(3, 2) + "abcname" + '\0' + "text" + '\0' + "cc");
+    // clang-format off
+    const std::map<string, Words> seeds = {
+        {"sheet", {sheet(1, 1), sheet(2, 3), png(100, 1, string(100, 'x'), 8, 2), png(100, 1, string(200, 'x'), 16)}},
+        {"idx", {labels({0, 9, 5}), images(3, 2, 2, "abcdefghijkl"), images(~0u, ~0u, ~0u, "abcd"), gzip(labels({7}))}},
+        {"gz", {gzip("abc"), all}},
+        {"safetensors", {tensors("{" + x + "}", "1234567890"), tensors(with_options + x + "}", "1234567890")}},
+        {"options", {"--data\nd\n--layers=4,2\n--lr\n.1\nfile", "--precision\nfp32\n--loss-scale\n8\n--scale-init\n1e3",
+                     "--update\nkahan\n--batch\n3\n--shuffle\noff\n--seed=7\n--save\nm\n--log\nm"}},
+        {"picture", pictures}};
+    // clang-format on
+    for (const auto& [reader, inputs] : seeds) {
+      const string folder = getenv("MP_SEEDS") + ("/" + reader);
+      std::filesystem::create_directories(folder);
+      for (const string& input : inputs) write_file(folder + text("/seed-%08x", crc(input)), input);
+    }
+  }
+}
+#endif

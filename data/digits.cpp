@@ -5,7 +5,7 @@
 // A digit begins as a few points on a pen's way, a skeleton (section 2). The points are shaken, slanted and bent, and
 // smooth curves laid through them (section 3). A round pen draws the curves, and the picture is sized and centred as
 // MNIST's are (section 4). A sheet has 100 digits a row, and row r holds only the digit r mod 10: whoever opens the
-// picture sees the labels (section 5).
+// picture sees the labels (section 5). Ten pictures as of a camera are there to try the reader on (section 6).
 //
 // A seed gives the same pixels with every compiler: the random numbers are made here, of libm only floor and sqrt are
 // used, which are exact everywhere, and -ffp-contract=off forbids fused multiply-adds, which round differently.
@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -265,19 +266,24 @@ void fit_into_box(Skeleton& curves, const Pen& pen) {
     }
 }
 
+double distance(Point p, Point a, Point b) {  // from p to the line from a to b
+  double dx = b.x - a.x, dy = b.y - a.y, length2 = dx * dx + dy * dy;
+  double px = p.x - a.x, py = p.y - a.y;
+  double along = length2 > 0 ? std::clamp((px * dx + py * dy) / length2, 0.0, 1.0) : 0;
+  double ex = px - along * dx, ey = py - along * dy;
+  return std::sqrt(ex * ex + ey * ey);
+}
+
 // Inks every pixel near the line from a to b by its distance; where lines overlap, the darkest counts.
 void draw_line(Tile& tile, Point a, Point b, double radius, const Pen& pen) {
-  double dx = b.x - a.x, dy = b.y - a.y, length2 = dx * dx + dy * dy, reach = radius + pen.rim / 2;
+  double reach = radius + pen.rim / 2;
   int left = std::max(0, int(std::min(a.x, b.x) - reach));
   int right = std::min(kTile - 1, int(std::max(a.x, b.x) + reach));
   int top = std::max(0, int(std::min(a.y, b.y) - reach));
   int bottom = std::min(kTile - 1, int(std::max(a.y, b.y) + reach));
   for (int y = top; y <= bottom; y++)
     for (int x = left; x <= right; x++) {
-      double px = x + .5 - a.x, py = y + .5 - a.y;  // from a to the pixel's centre
-      double along = length2 > 0 ? std::clamp((px * dx + py * dy) / length2, 0.0, 1.0) : 0;
-      double ex = px - along * dx, ey = py - along * dy;  // from the nearest point of the line
-      double depth = radius - std::sqrt(ex * ex + ey * ey);
+      double depth = radius - distance({x + .5, y + .5}, a, b);  // of the pixel's centre
       double ink = std::clamp(pen.strength * (depth / pen.rim + .5), 0.0, 1.0);
       tile.ink[y][x] = std::max(tile.ink[y][x], ink);
     }
@@ -344,24 +350,119 @@ std::vector<uint8_t> corner_of(const std::vector<uint8_t>& sheet, int width) {
 }
 
 // Writes under another name and renames at the end: a failure leaves the file that was there as it was.
-bool save(const std::string& path, const std::vector<uint8_t>& pixels, int width) {
+template <class F> bool save_bytes(const std::string& path, F write) {
   const std::string unfinished = path + ".part";
   std::FILE* file = std::fopen(unfinished.c_str(), "wb");
   bool saved = file != nullptr;
   if (file) {
-    auto write = [](void* to, void* bytes, int size) { std::fwrite(bytes, 1, size, static_cast<std::FILE*>(to)); };
-    int height = int(pixels.size()) / width;
-    saved = stbi_write_png_to_func(write, file, width, height, 1, pixels.data(), width) && !std::ferror(file);
+    saved = write(file) && !std::ferror(file);
     saved = std::fclose(file) == 0 && saved;
     saved = saved && std::rename(unfinished.c_str(), path.c_str()) == 0;
   }
   if (saved) {
-    std::printf("wrote %s, %zu digits\n", path.c_str(), pixels.size() / (kTile * kTile));
+    std::printf("wrote %s\n", path.c_str());
   } else {
     std::fprintf(stderr, "digits: cannot write %s: %s\n", path.c_str(), std::strerror(errno));
     if (file) std::remove(unfinished.c_str());
   }
   return saved;
+}
+bool save(const std::string& path, const std::vector<uint8_t>& pixels, int width) {
+  return save_bytes(path, [&](std::FILE* file) {
+    auto write = [](void* to, void* bytes, int size) { std::fwrite(bytes, 1, size, static_cast<std::FILE*>(to)); };
+    return stbi_write_png_to_func(write, file, width, int(pixels.size()) / width, 1, pixels.data(), width) != 0;
+  });
+}
+
+// ==== 6. Photographs ================================================================================================
+// Ten pictures as a camera, a scanner or a drawing program would make them, one of each digit, for `mp predict`.
+
+struct Photo {
+  const char* name;
+  int width, height;
+  double x, y, size, pen;  // centre of the digit and its size as shares of the picture, width of the pen as one of that
+  double blur, noise;      // pixels; steps of 255
+  double light;            // the light falls by this share from the upper left to the lower right, and to the edges
+  int paper[3], ink[3];    // red, green, blue
+  enum Kind { jpeg, png, alpha, grey_16 } kind;
+};
+
+const Photo kPhotos[10] = {
+    {"pencil.jpg", 640, 480, .5, .5, .6, .05, 1.5, 4, .3, {235, 235, 230}, {110, 110, 115}, Photo::jpeg},
+    {"chalk.jpg", 360, 480, .45, .55, .5, .10, 3, 10, .3, {40, 70, 55}, {220, 225, 215}, Photo::jpeg},
+    {"marker.jpg", 800, 600, .3, .6, .5, .20, 2, 5, .2, {250, 245, 235}, {200, 30, 40}, Photo::jpeg},
+    {"transparent.png", 200, 300, .5, .5, .8, .10, 1, 0, 0, {255, 255, 255}, {0, 0, 0}, Photo::alpha},
+    {"transparent_white.png", 256, 256, .6, .4, .5, .12, 1, 0, 0, {0, 0, 0}, {255, 255, 255}, Photo::alpha},
+    {"scan_16_bits.png", 75, 100, .5, .5, .6, .08, 1, 1, .1, {240, 240, 240}, {30, 30, 30}, Photo::grey_16},
+    {"far_away.jpg", 1280, 960, .8, .25, .15, .10, 2, 3, .4, {240, 220, 120}, {30, 40, 130}, Photo::jpeg},
+    {"tiny.png", 22, 30, .5, .5, .9, .10, 1, 0, 0, {255, 255, 255}, {20, 20, 20}, Photo::png},
+    {"pale.jpg", 500, 500, .5, .45, .55, .12, 4, 6, .15, {225, 190, 200}, {165, 120, 175}, Photo::jpeg},
+    {"in_the_dark.jpg", 480, 480, .55, .5, .45, .12, 2, 8, .75, {200, 190, 170}, {40, 40, 50}, Photo::jpeg},
+};
+
+// Bytes as the file holds them: three channels, four with alpha, or one of two bytes, the higher one first
+std::vector<uint8_t> take_photo(const Photo& photo, int digit, Random& any) {
+  Skeleton curves = kSkeletons[digit](any);
+  deform(curves, any);
+  for (Stroke& stroke : curves) stroke = smooth(stroke);
+  fit_into_box(curves, {0, 0, 0, 1});
+  const double unit = photo.size * std::min(photo.width, photo.height) / 20;  // fit_into_box made it 20 high or wide
+  const double left = photo.x * photo.width, top = photo.y * photo.height;
+  std::vector<uint8_t> bytes;
+  for (int y = 0; y < photo.height; y++)
+    for (int x = 0; x < photo.width; x++) {
+      const Point p = {(x + .5 - left) / unit + kTile / 2, (y + .5 - top) / unit + kTile / 2};
+      double nearest = 1e9;
+      for (const Stroke& curve : curves)
+        for (size_t i = 0; i + 1 < curve.size(); i++) nearest = std::min(nearest, distance(p, curve[i], curve[i + 1]));
+      const double ink = std::clamp((10 * photo.pen - nearest) * unit / photo.blur + .5, 0.0, 1.0);
+      const double u = double(x) / photo.width - .5, v = double(y) / photo.height - .5;
+      const double light = 1 - photo.light * (.5 + .35 * (u + v) + .3 * (u * u + v * v));
+      const double noise = photo.noise * any.normal();
+      if (photo.kind == Photo::alpha) {
+        for (const int colour : photo.ink) bytes.push_back(uint8_t(colour));
+        bytes.push_back(uint8_t(255 * ink + .5));
+      } else if (photo.kind == Photo::grey_16) {
+        const double grey = 257 * (light * (photo.paper[0] + ink * (photo.ink[0] - photo.paper[0])) + noise);
+        for (const int byte : {int(grey) / 256, int(grey) % 256}) bytes.push_back(uint8_t(byte));
+      } else {
+        for (int i = 0; i < 3; i++) {
+          const double colour = light * (photo.paper[i] + ink * (photo.ink[i] - photo.paper[i])) + noise;
+          bytes.push_back(uint8_t(std::clamp(colour, 0.0, 255.0)));
+        }
+      }
+    }
+  return bytes;
+}
+
+bool save_photos(const std::string& folder, uint64_t seed) {
+  for (int digit = 0; digit < 10; digit++) {
+    const Photo& photo = kPhotos[digit];
+    Random any{seed * 1000003u + digit};
+    any.state = any.bits();
+    const std::vector<uint8_t> pixels = take_photo(photo, digit, any);
+    std::vector<uint8_t> file;
+    const auto append = [](void* to, void* bytes, int size) {
+      auto& all = *static_cast<std::vector<uint8_t>*>(to);
+      all.insert(all.end(), static_cast<uint8_t*>(bytes), static_cast<uint8_t*>(bytes) + size);
+    };
+    const int channels = int(pixels.size()) / (photo.width * photo.height);
+    if (photo.kind == Photo::jpeg) {
+      stbi_write_jpg_to_func(append, &file, photo.width, photo.height, 3, pixels.data(), 40);
+    } else {
+      stbi_write_png_to_func(append, &file, photo.width, photo.height, channels, pixels.data(), 0);
+    }
+    if (photo.kind == Photo::grey_16) {  // stb writes 8 bits of grey and 8 of alpha; only the header knows that
+      file[24] = 16, file[25] = 0;
+      const unsigned crc = stbiw__crc32(&file[12], 17);
+      for (int i = 0; i < 4; i++) file[29 + i] = uint8_t(crc >> (24 - 8 * i));
+    }
+    const std::string path = folder + "/" + std::to_string(digit) + "_" + photo.name;
+    if (!save_bytes(path, [&](std::FILE* to) { return std::fwrite(file.data(), 1, file.size(), to) == file.size(); })) {
+      return false;
+    }
+  }
+  return true;
 }
 
 int main(int argc, char** argv) {
@@ -370,8 +471,10 @@ int main(int argc, char** argv) {
   auto [rest, error] = std::from_chars(number.data(), number.data() + number.size(), seed);
   bool whole = error == std::errc() && rest == number.data() + number.size();
   if (argc > 3 || folder.empty() || folder[0] == '-' || !whole) {
-    std::fprintf(stderr,
-                 "usage: digits FOLDER [SEED]   draws FOLDER/train.png, test.png and digits.png; SEED 1 if left out\n");
+    std::fprintf(
+        stderr,
+        "usage: digits FOLDER [SEED]   draws FOLDER/train.png, test.png and digits.png, and ten pictures into\n"
+        "FOLDER/photos, if that folder is there; SEED 1 if left out\n");
     return 2;
   }
   stbi_write_png_compression_level = 9;
@@ -379,5 +482,6 @@ int main(int argc, char** argv) {
   const std::vector<uint8_t> train = draw_sheet(20000, 2 * seed - 1), test = draw_sheet(2000, 2 * seed);
   bool saved = save(folder + "/train.png", train, kWidth) && save(folder + "/test.png", test, kWidth) &&
                save(folder + "/digits.png", corner_of(test, 24 * kTile), 24 * kTile);
+  if (saved && std::filesystem::is_directory(folder + "/photos")) saved = save_photos(folder + "/photos", seed);
   return saved ? 0 : 1;
 }
