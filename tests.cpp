@@ -1176,20 +1176,20 @@ static void check_large(const Gemm& gemm, const std::vector<Type>& of_types) {
   Random random{22};
   const Matrix A = random_matrix(random, M, K, 1), B = random_matrix(random, N, K, 1);
   for (Type type : of_types)
-    for (auto [layout, formula] : layouts) {
+    for (const auto& way : layouts) {
+      const Layout layout = way.first;
       const Tensor a = operand(A, type, layout == Layout::AtB), b = operand(B, type, layout != Layout::ABt);
       const Tensor C = make_tensor(M, N, type), want = make_tensor(M, N, type);
       put(C, Matrix(), NAN);
       gemm(layout, a, b, C, {}), gemm_naive(layout, a, b, want);
       const std::vector<float> got = to_host(C), naive = to_host(want);
-      size_t wrong =
-          0;  // both sums within K e |sum| of the truth, K terms of at most 4 x 4; then rounded, each its way
+      size_t wrong = 0;  // both sums within K e |sum| of the truth, K terms of at most 4 x 4; then each rounded its way
       for (size_t i = 0; i < got.size(); i++) {
         const double sum = 2. * K * e * 16 * K;
         const double step = format_of(type) ? 2 * format_of(type)->half_step(std::fabs(naive[i]) + sum) : 0;
         wrong += !(std::fabs(got[i] - naive[i]) <= sum + step);
       }
-      INFO(formula, ", ", name_of(type));
+      INFO(way.second, ", ", name_of(type));
       CHECK(wrong == 0);
     }
 }
