@@ -423,8 +423,9 @@ template <Layout layout, class T> __global__ void gemm_naive_kernel(Operands p) 
 
 // Rung 2: a block computes a tile of BM x BN results. It brings the operands BK at a time into shared memory, as floats
 // and with k first, where each is read BM or BN times instead of from far away; a thread keeps 8 rows of WIDES * WIDE
-// results in registers. load_floats: rows x cols numbers from g on, [cols][rows] if transposed. A piece beyond the
-// operand's edge is left as it is, for it reaches only results that do not exist either; one across it gets zeros.
+// results, 8 x WIDE of them at a time in registers. load_floats: rows x cols numbers from g on, [cols][rows] if
+// transposed. A piece beyond the operand's edge is left as it is, for it reaches only results that do not exist either;
+// one across it gets zeros.
 template <bool transposed, int rows, int cols, int threads, class T>
 __device__ __forceinline__ void load_floats(float* tile, const T* g, int stride, int rows_left, int cols_left) {
   constexpr int tall = transposed ? load_rows : 1, wide = transposed ? 8 : load_cols;
@@ -465,7 +466,7 @@ __global__ void __launch_bounds__(BM / 8 * (BN / (WIDES * WIDE))) gemm_tiled_ker
   const int M = p.M - m0, N = p.N - n0;                                       // rows and columns from the tile on
   const T* A = (const T*)p.A + (layout == Layout::AtB ? size_t(k0) * p.stride_a + m0 : size_t(m0) * p.stride_a + k0);
   const T* B = (const T*)p.B + (layout == Layout::ABt ? size_t(n0) * p.stride_b + k0 : size_t(k0) * p.stride_b + n0);
-  Wide sum[8][WIDES] = {};
+  Wide sum[WIDES][8] = {};
   for (int K = p.K - k0 < p.K_part ? p.K - k0 : p.K_part; K > 0; K -= BK) {  // numbers left to sum over
     //{ gemm_tiled
     if (layout == Layout::AtB) load_floats<false, BK, BM, threads>(a_tile, A, p.stride_a, K, M);
@@ -473,12 +474,13 @@ __global__ void __launch_bounds__(BM / 8 * (BN / (WIDES * WIDE))) gemm_tiled_ker
     if (layout == Layout::ABt) load_floats<true, BN, BK, threads>(b_tile, B, p.stride_b, N, K);
     else load_floats<false, BK, BN, threads>(b_tile, B, p.stride_b, K, N);
     __syncthreads();  // the tiles are whole
-    const float *a = a_tile + m, *b = b_tile + n;
-    for (int k = m < M && n < N ? 0 : BK; k < BK && k < K; k++, a += BM, b += BN) {
-      Wide row[WIDES];
-      UNROLL for (int w = 0; w < WIDES; w++) row[w] = ((const Wide*)b)[w];
-      UNROLL for (int i = 0; i < 8; i++) UNROLL for (int w = 0; w < WIDES; w++)
-          add_product(sum[i][w], ((const Group<float, 8>*)a)->v[i], row[w]);
+    const int depth = K < BK ? K : BK;
+    UNROLL for (int w = 0; w < WIDES; w++) {
+      const float *a = a_tile + m, *b = b_tile + n + w * WIDE;
+      for (int k = m < M && n + w * WIDE < N ? 0 : depth; k < depth; k++, a += BM, b += BN) {
+        const Wide row = *(const Wide*)b;
+        UNROLL for (int i = 0; i < 8; i++) add_product(sum[w][i], ((const Group<float, 8>*)a)->v[i], row);
+      }
     }
     __syncthreads();  // nobody reads them any more
     A += layout == Layout::AtB ? size_t(BK) * p.stride_a : BK;
@@ -487,7 +489,7 @@ __global__ void __launch_bounds__(BM / 8 * (BN / (WIDES * WIDE))) gemm_tiled_ker
   }
   UNROLL for (int i = 0; i < 8; i++) UNROLL for (int j = 0; j < WIDES * WIDE; j += 8) {
     float c[8];
-    UNROLL for (int e = 0; e < 8; e++) c[e] = element(sum[i][j / WIDE], j % WIDE + e);
+    UNROLL for (int e = 0; e < 8; e++) c[e] = element(sum[j / WIDE][i], j % WIDE + e);
     if (m + i < M && n + j < N) finish<T>(p, m0 + m + i, n0 + n + j, c);
   }
 }

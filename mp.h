@@ -425,9 +425,9 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
 // A register tile's rows are vectors of the machine; element-wise kernels have one thread a block, and many elements.
 constexpr int row_threads = 8, column_threads = 1, element_threads = 1, elements_per_block = 8192;
 #if defined(__AVX512F__)
-constexpr int WIDE = 16, WIDES = 2;  // 16 of the 32 vector registers hold sums
+constexpr int WIDE = 16, WIDES = 2;
 #else
-constexpr int WIDE = 8, WIDES = 1;
+constexpr int WIDE = 8, WIDES = 4;
 #endif
 constexpr int LARGE = 64, SMALL = 64, DEPTH = 64;  // tiles of gemm_tiled: two of 16 KB fill a core's nearest cache
 constexpr int load_rows = 8, load_cols = 64;       // what a thread loads at once,
@@ -436,11 +436,12 @@ typedef float Wide __attribute__((vector_size(4 * WIDE), may_alias));
 __forceinline__ void add_product(Wide& sum, float a, const Wide& b) { sum += a * b; }
 __forceinline__ float element(const Wide& x, int j) { return x[j]; }
 
-typedef uint32_t Bits_8 __attribute__((vector_size(32), may_alias));
-typedef uint16_t Short_8 __attribute__((vector_size(16), may_alias));
-typedef float Float_8 __attribute__((vector_size(32), may_alias));
-__forceinline__ void load(const float* p, float (&x)[8]) { std::memcpy(x, p, 32); }
-__forceinline__ void store(float* p, const float (&x)[8]) { std::memcpy(p, x, 32); }
+// Eight neighbours at once. Vectors, not memcpy: parts of a register written one by one would stall whoever reads it whole.
+typedef uint32_t Bits_8 __attribute__((vector_size(32), may_alias, aligned(4)));
+typedef uint16_t Short_8 __attribute__((vector_size(16), may_alias, aligned(2)));
+typedef float Float_8 __attribute__((vector_size(32), may_alias, aligned(4)));
+__forceinline__ void load(const float* p, float (&x)[8]) { (Float_8&)x = *(const Float_8*)p; }
+__forceinline__ void store(float* p, const float (&x)[8]) { *(Float_8*)p = (const Float_8&)x; }
 template <int... from> __forceinline__ Float_8 pick(Float_8 a, Float_8 b) {  // elements 0..7 of a, 8..15 of b
 #if __has_builtin(__builtin_shufflevector)
   return __builtin_shufflevector(a, b, from...);
@@ -450,8 +451,7 @@ template <int... from> __forceinline__ Float_8 pick(Float_8 a, Float_8 b) {  // 
 }
 typedef float Square[8][8];
 __forceinline__ Square& transpose(Square& x) {  // rows 4, 2, 1 apart exchange their halves
-  Float_8 r[8];
-  std::memcpy(r, x, sizeof r);
+  Float_8* const r = (Float_8*)x;
   UNROLL for (int i = 0; i < 4; i++) {
     const Float_8 a = r[i], b = r[i + 4];
     r[i] = pick<0, 1, 2, 3, 8, 9, 10, 11>(a, b), r[i + 4] = pick<4, 5, 6, 7, 12, 13, 14, 15>(a, b);
@@ -465,17 +465,13 @@ __forceinline__ Square& transpose(Square& x) {  // rows 4, 2, 1 apart exchange t
     const Float_8 a = r[i], b = r[i + 1];
     r[i] = pick<0, 8, 2, 10, 4, 12, 6, 14>(a, b), r[i + 1] = pick<1, 9, 3, 11, 5, 13, 7, 15>(a, b);
   }
-  std::memcpy(x, r, sizeof r);
   return x;
 }
 __forceinline__ void load(const bfloat16* p, float (&x)[8]) {
-  const Bits_8 bits = __builtin_convertvector(*(const Short_8*)p, Bits_8) << 16;
-  std::memcpy(x, &bits, 32);
+  (Bits_8&)x = __builtin_convertvector(*(const Short_8*)p, Bits_8) << 16;
 }
 __forceinline__ void store(bfloat16* p, const float (&x)[8]) {  // float_to_bfloat16, 8 at once
-  Bits_8 u;
-  std::memcpy(&u, x, 32);
-  const Bits_8 nan = (Bits_8)((u & 0x7fffffff) > 0x7f800000);
+  const Bits_8 u = (const Bits_8&)x, nan = (Bits_8)((u & 0x7fffffff) > 0x7f800000);
   const Bits_8 b = (~nan & ((u + 0x7fff + (u >> 16 & 1)) >> 16)) | (nan & (u >> 16 | 0x40));
   *(Short_8*)p = __builtin_convertvector(b, Short_8);
 }
