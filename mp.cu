@@ -28,6 +28,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iomanip>
 #include <set>
 #include <sstream>
 #include <string_view>
@@ -1145,24 +1146,19 @@ static void* stb_resize(void* old, size_t bytes) { return bytes <= stb_most ? st
 #include <stb/stb_image.h>
 
 // ==== 5.1 Data: sheets of digits, or MNIST's four files ==============================================================
-
 using Bytes = std::vector<uint8_t>;
-
 Bytes read_file(const std::string& path) {
   struct stat info;
   if (stat(path.c_str(), &info) != 0) fail("%s: %s; check the name", path.c_str(), strerror(errno));
-  if (S_ISDIR(info.st_mode)) fail("%s: this is a folder; name a file", path.c_str());
-  if (!S_ISREG(info.st_mode)) fail("%s: this is a device or a pipe; name a file", path.c_str());
+  if (!S_ISREG(info.st_mode))
+    fail("%s: this is a %s; name a file", path.c_str(), S_ISDIR(info.st_mode) ? "folder" : "device or a pipe");
   if (info.st_size > INT_MAX) fail("%s: 2 GB or more, which no file for mp has; name another", path.c_str());
   Bytes bytes(size_t(info.st_size));
   errno = EIO;  // stays if the file got shorter meanwhile
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream.read(reinterpret_cast<char*>(bytes.data()), info.st_size)) {
+  if (!std::ifstream(path, std::ios::binary).read(reinterpret_cast<char*>(bytes.data()), info.st_size))
     fail("%s: cannot be read: %s; check its permissions", path.c_str(), strerror(errno));
-  }
   return bytes;
 }
-
 // parse(bytes of the file); it fails without the file's name, which is put before its message, and the advice after.
 template <class F> static auto parse_file(const std::string& path, const char* advice, F parse) {
   const Bytes bytes = read_file(path);
@@ -1198,40 +1194,35 @@ void write_file(const std::string& path, const std::string& bytes) {
   signal(SIGXFSZ, SIG_IGN);  // so that a limit on file sizes is an error, as a full disk is
   FILE* const file = open_temporary(temporary);
   const bool written = file && fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size() && fflush(file) == 0 &&
-                       fsync(fileno(file)) == 0;
-  const int reason = written && rename(temporary.c_str(), target.c_str()) == 0 ? 0 : errno;
-  if (file && reason != 0) unlink(temporary.c_str());
+                       fsync(fileno(file)) == 0 && rename(temporary.c_str(), target.c_str()) == 0;
+  const int reason = errno;
+  if (file && !written) unlink(temporary.c_str());
   if (file) fclose(file);
-  if (reason != 0) {
+  if (!written)
     fail("%s: not written: %s; %s%s", path.c_str(), strerror(reason),
          reason == ENOENT ? "make its folder first" : "make room or save elsewhere",
          old ? ", the old file is kept" : "");
-  }
   const int folder = open(target.has_parent_path() ? target.parent_path().c_str() : ".", O_RDONLY);
   fsync(folder);  // the new name
   close(folder);
 }
 
 static uint32_t big_endian(const uint8_t* b) { return uint32_t(b[0]) << 24 | b[1] << 16 | b[2] << 8 | b[3]; }
-template <class T>
-static T little_endian(const uint8_t* b) {  // little-endian, as all of CUDA's machines are; from any address
+template <class T> static T little_endian(const uint8_t* b) {  // as all of CUDA's machines are; from any address
   T value;
   memcpy(&value, b, sizeof value);
   return value;
 }
-
 static uint32_t crc32(const uint8_t* bytes, size_t count) {  // PNG's and gzip's: 0xedb88320, lowest bit first
   static uint32_t table[256];
   for (uint32_t i = 0; i < 256 && table[255] == 0; i++) {
-    uint32_t rest = i;
-    for (int bit = 0; bit < 8; bit++) rest = rest >> 1 ^ (rest & 1) * 0xedb88320;
-    table[i] = rest;
+    table[i] = i;
+    for (int bit = 0; bit < 8; bit++) table[i] = table[i] >> 1 ^ (table[i] & 1) * 0xedb88320;
   }
   uint32_t crc = ~0u;
   for (size_t i = 0; i < count; i++) crc = crc >> 8 ^ table[(crc ^ bytes[i]) & 255];
   return ~crc;
 }
-
 constexpr size_t kDeflateRatio = 1032;  // deflate, in gzip and PNG, packs at most 258 bytes into two bits
 
 // stb_image believes the lengths of a PNG's chunks and skips their checksums, so this comes first.
@@ -1247,18 +1238,16 @@ static void check_png(const Bytes& file) {
     at += length + 12;
   } while (memcmp(&file[at - length - 8], "IEND", 4) != 0);
 }
-
 // stb_image writes a JPEG's Huffman table before it counts the codes, which are at most 256, and follows segments to
 // wherever they lead. Whatever it may take for a marker is one here.
 static void check_jpeg(const Bytes& file) {
-  for (size_t at = 2; at + 1 < file.size();) {
+  for (size_t at = 2, end; at + 1 < file.size(); at = end) {
     const int marker = file[at] == 0xff ? file[at + 1] : 0;
-    if (marker == 0xd9) return;                                      // the end
-    if (marker == 0 || marker == 0xff || (marker & 0xf8) == 0xd0) {  // of no segment: pixels, filling or a restart
-      at++;
-      continue;
-    }
-    const size_t length = file.size() - at < 4 ? 0 : size_t(file[at + 2] << 8 | file[at + 3]), end = at + 2 + length;
+    end = at + 1;
+    if (marker == 0xd9) return;                                              // the end
+    if (marker == 0 || marker == 0xff || (marker & 0xf8) == 0xd0) continue;  // pixels, filling, a restart: no segment
+    const size_t length = file.size() - at < 4 ? 0 : size_t(file[at + 2] << 8 | file[at + 3]);
+    end = at + 2 + length;
     if (length < 2 || end > file.size()) fail("the file ends within the segment at byte %zu", at);
     for (size_t table = at + 4; marker == 0xc4 && table < end;) {
       size_t codes = 0;
@@ -1266,7 +1255,6 @@ static void check_jpeg(const Bytes& file) {
       if (codes > 256 || table + 17 + codes > end) fail("damaged: the Huffman table at byte %zu", table);
       table += 17 + codes;
     }
-    at = end;
   }
 }
 
@@ -1298,6 +1286,12 @@ static Images parse_sheet(const Bytes& file) {
   return images;
 }
 
+// `784,128,10`
+template <class T> static std::string joined(const std::vector<T>& items, const char* between) {
+  std::ostringstream text;
+  for (const T& item : items) text << (&item == items.data() ? "" : between) << item;
+  return text.str();
+}
 static Bytes gunzip(const Bytes& file) {  // RFC 1952: ten bytes, optional fields, deflate, CRC-32, length
   if (file.size() < 18 || file[2] != 8 || file[3] >> 5 != 0) fail("damaged: no gzip header");
   const size_t end = file.size() - 8, length = little_endian<uint32_t>(&file[end + 4]);
@@ -1310,13 +1304,13 @@ static Bytes gunzip(const Bytes& file) {  // RFC 1952: ten bytes, optional field
   at += flags & 2;
   const size_t most = at < end ? std::min<size_t>((end - at) * kDeflateRatio, 1 << 30) : 0;
   if (length == 0 || length > most) fail("damaged or cut short: %zu bytes cannot be in it", length);
-  Bytes bytes(length);  // the trailer is handed over too, for stb_image reads a little ahead
-  const int inflated =
-      stbi_zlib_decode_noheader_buffer(reinterpret_cast<char*>(bytes.data()), int(length),
-                                       reinterpret_cast<const char*>(&file[at]), int(file.size() - at));
-  if (inflated != int(length) || crc32(bytes.data(), length) != little_endian<uint32_t>(&file[end])) {
+  Bytes bytes(length);
+  char* const to = reinterpret_cast<char*>(bytes.data());
+  const char* const from =
+      reinterpret_cast<const char*>(&file[at]);  // with the trailer: stb_image reads a little ahead
+  if (stbi_zlib_decode_noheader_buffer(to, int(length), from, int(file.size() - at)) != int(length) ||
+      crc32(bytes.data(), length) != little_endian<uint32_t>(&file[end]))
     fail("damaged or cut short: wrong gzip checksum or length");
-  }
   return bytes;
 }
 
@@ -1329,18 +1323,15 @@ static Bytes parse_idx(const Bytes& file, std::vector<uint32_t>& dimension) {
   if (bytes.size() < header || big_endian(bytes.data()) != magic) fail("no idx file of %s (number %zu)", kind, magic);
   const size_t there = bytes.size() - header;
   size_t promised = 1;
-  std::string product;
   for (size_t i = 0; i < dimension.size(); i++) {
     dimension[i] = big_endian(&bytes[4 + 4 * i]);
-    product += (i ? " x " : "") + std::to_string(dimension[i]);
     if (promised <= there) promised *= dimension[i];  // below 2^31 times 2^32
   }
   if (there == 0) fail("no %s in it", kind);
-  if (promised != there) fail("the header promises %s bytes, %zu follow", product.c_str(), there);
+  if (promised != there) fail("the header promises %s bytes, %zu follow", joined(dimension, " x ").c_str(), there);
   bytes.erase(bytes.begin(), bytes.begin() + long(header));
   return bytes;
 }
-
 static Images read_mnist(const std::string& images_path, const std::string& labels_path) {
   const char* const advice = "get it again (`make mnist`)";
   Images images;
@@ -1351,9 +1342,8 @@ static Images read_mnist(const std::string& images_path, const std::string& labe
   images.label = parse_file(labels_path, advice, [&](const Bytes& file) {
     const Bytes label = parse_idx(file, labels);
     if (labels[0] != size[0]) fail("%u labels for the %u images of %s", labels[0], size[0], images_path.c_str());
-    for (size_t i = 0; i < label.size(); i++) {
+    for (size_t i = 0; i < label.size(); i++)
       if (label[i] >= images.classes) fail("label %zu is %d, not 0 to %d", i, label[i], images.classes - 1);
-    }
     return label;
   });
   return images;
@@ -1362,24 +1352,24 @@ static Images read_mnist(const std::string& images_path, const std::string& labe
 Dataset load_dataset(const std::string& folder) {
   const char* const advice = "`make digits` draws sheets into data/, `make mnist` downloads MNIST into build/mnist";
   const char* const sheet = "a sheet is an 8-bit grey PNG of square tiles, 100 in a row (`make digits` draws one)";
-  std::vector<std::string> names = {"train.png", "test.png"};
-  for (const std::string set : {"train-", "t10k-"}) {
-    for (const char* content : {"images-idx3-ubyte", "labels-idx1-ubyte"}) names.push_back(set + content);
-  }
+  const char* const names[] = {"train.png",
+                               "test.png",
+                               "train-images-idx3-ubyte",
+                               "train-labels-idx1-ubyte",
+                               "t10k-images-idx3-ubyte",
+                               "t10k-labels-idx1-ubyte"};
   std::string path[6];  // empty where a file is missing
   std::error_code none;
   if (!std::filesystem::is_directory(folder, none)) fail("%s: there is no such folder; %s", folder.c_str(), advice);
-  for (int i = 0; i < 6; i++) {
+  for (int i = 0; i < 6; i++)
     for (const char* ending : {".gz", ""}) {
-      const auto candidate = std::filesystem::path(folder) / (names[i] + ending);
+      const auto candidate = std::filesystem::path(folder) / (names[i] + std::string(ending));
       if (std::filesystem::exists(candidate, none)) path[i] = candidate.string();
     }
-  }
   const bool sheets = !(path[0] + path[1]).empty(), mnist = !(path[2] + path[3] + path[4] + path[5]).empty();
   if (!sheets && !mnist) fail("%s: holds neither sheets of digits nor MNIST's files; %s", folder.c_str(), advice);
-  for (int i = sheets ? 0 : 2; i < (sheets ? 2 : 6); i++) {
-    if (path[i].empty()) fail("%s: %s is missing; %s", folder.c_str(), names[i].c_str(), advice);
-  }
+  for (int i = sheets ? 0 : 2; i < (sheets ? 2 : 6); i++)
+    if (path[i].empty()) fail("%s: %s is missing; %s", folder.c_str(), names[i], advice);
   Dataset data;
   data.train = sheets ? parse_file(path[0], sheet, parse_sheet) : read_mnist(path[2], path[3]);
   data.test = sheets ? parse_file(path[1], sheet, parse_sheet) : read_mnist(path[4], path[5]);
@@ -1393,32 +1383,32 @@ Dataset load_dataset(const std::string& folder) {
 // ==== 5.2 Checkpoints: safetensors, which PyTorch's users exchange ===================================================
 // Eight bytes, the length of the header; the header, JSON; the numbers. Little-endian, as all of CUDA's machines are.
 // {"__metadata__": {"epoch": "3"}, "0.weight": {"dtype": "F32", "shape": [128, 784], "data_offsets": [0, 401408]}}
-
 struct HeaderReader {  // of the JSON that can stand there: objects, strings, lists of whole numbers
   const char *at, *end;
 
-  [[noreturn]] void refuse(const char* what) const { fail("%s, %td bytes before the header's end", what, end - at); }
+  [[noreturn]] void refuse(const std::string& what) const {
+    fail("%.70s, %td bytes before the header's end", what.c_str(), end - at);
+  }
   char next() {  // the next character that is not white space; 0 at the end
     while (at < end && (*at == ' ' || *at == '\t' || *at == '\r' || *at == '\n')) at++;
     return at < end ? *at : '\0';
   }
   bool accept(char wanted) { return next() == wanted && ++at; }
   void expect(char wanted) {
-    if (!accept(wanted)) refuse((std::string("no ") + wanted).c_str());
+    if (!accept(wanted)) refuse(std::string("no ") + wanted);
   }
   char take() {  // a character of a string
     if (at == end || uint8_t(*at) < ' ') refuse("an unfinished string");
     return *at++;
   }
-  void escape(std::string& text) {  // appends what the character after a backslash means
-    const size_t simple = std::string_view("\"\\/bfnrt").find(take());
-    if (simple == std::string_view::npos) refuse("an unknown escape");  // \u: no writer of tensors needs it
-    text.push_back("\"\\/\b\f\n\r\t"[simple]);
-  }
   std::string string() {
     std::string text;
     expect('"');
-    for (char c = take(); c != '"'; c = take()) c == '\\' ? escape(text) : text.push_back(c);
+    for (char c = take(); c != '"'; c = take()) {
+      const size_t escape = c == '\\' ? std::string_view("\"\\/bfnrt").find(take()) : 0;
+      if (escape == std::string_view::npos) refuse("an unknown escape");  // \u: no writer of tensors needs it
+      text += c == '\\' ? "\"\\/\b\f\n\r\t"[escape] : c;
+    }
     return text;
   }
   template <class F> void list(char open, char close, F item) {
@@ -1432,20 +1422,18 @@ struct HeaderReader {  // of the JSON that can stand there: objects, strings, li
     std::vector<int64_t> values;
     list('[', ']', [&] {
       const char first = next();
-      int64_t value = 0;
-      const auto [stop, error] = std::from_chars(at, end, value);
+      const auto [stop, error] = std::from_chars(at, end, values.emplace_back());
       if (error != std::errc() || first == '-' || (first == '0' && stop > at + 1)) refuse("no whole number");
       at = stop;
-      values.push_back(value);
     });
     return values;
   }
-  template <class F>
-  size_t object(F member) {  // calls member(key) before each value, for it to read; returns how many there were
+  // Calls member(key) before each value, for it to read; returns how many there were
+  template <class F> size_t object(F member) {
     std::set<std::string> keys;
     list('{', '}', [&] {
       const auto [key, fresh] = keys.insert(string());
-      if (!fresh) refuse(("a second " + key->substr(0, 60)).c_str());
+      if (!fresh) refuse("a second " + *key);
       expect(':');
       member(*key);
     });
@@ -1467,9 +1455,10 @@ static SafeTensors parse_safetensors(const Bytes& file) {
     std::string type;
     std::vector<int64_t> shape, offsets;
     const size_t members = header.object([&](const std::string& key) {
-      if (key == "dtype") return void(type = header.string());
-      if (key != "shape" && key != "data_offsets") header.refuse(("unknown " + key.substr(0, 60)).c_str());
-      (key == "shape" ? shape : offsets) = header.numbers();
+      if (key == "dtype") type = header.string();
+      else if (key == "shape") shape = header.numbers();
+      else if (key == "data_offsets") offsets = header.numbers();
+      else header.refuse("unknown " + key);
     });
     if (members != 3 || offsets.size() != 2) header.refuse("a tensor without dtype, shape or data_offsets");
     entries.insert({offsets, {type, {name, shape, {}}}});
@@ -1484,9 +1473,8 @@ static SafeTensors parse_safetensors(const Bytes& file) {
     if (width == 0) fail("tensor \"%.60s\" is %.20s, not F32, F16, BF16 or F64", name, type.c_str());
     size_t count = 1;
     for (const int64_t n : tensor.shape) count = n && count > most / size_t(n) ? most : count * size_t(n);
-    if (begin != done || end < begin || end > size || count * width != end - begin) {
+    if (begin != done || end < begin || end > size || count * width != end - begin)
       fail("tensor \"%.60s\" does not fit: its type, shape, data_offsets %zu to %zu, the file", name, begin, end);
-    }
     for (tensor.value.reserve(count); done < end; done += width) {
       const uint8_t* from = numbers + done;
       tensor.value.push_back(type == "F32"   ? little_endian<float>(from)
@@ -1499,37 +1487,28 @@ static SafeTensors parse_safetensors(const Bytes& file) {
   if (done != size) fail("%zu bytes behind the last tensor", size - done);
   return result;
 }
-
 SafeTensors read_safetensors(const std::string& path) {
   return parse_file(path, "save it again, with safetensors.torch.save_file or mp train", parse_safetensors);
 }
 
-static std::string quoted(const std::string& text) {
-  std::string json = "\"";
-  for (const char c : text) {
-    char code[8];
-    snprintf(code, sizeof code, c == '"' || c == '\\' ? "\\%c" : "%c", c);
-    json += code;
-  }
-  return json + "\"";
-}
-
 void write_safetensors(const std::string& path, const SafeTensors& file) {
-  std::string header, data;
-  const auto join = [](std::string list, const std::string& item) { return list.empty() ? item : list + "," + item; };
-  for (const auto& [key, value] : file.metadata) header = join(header, quoted(key) + ":" + quoted(value));
-  header = "{\"__metadata__\":{" + header + "}";
+  std::ostringstream header;
+  std::string data;
+  header << "{\"__metadata__\":{";
+  for (const auto& [key, value] : file.metadata)
+    header << (key == file.metadata.begin()->first ? "" : ",") << std::quoted(key) << ":" << std::quoted(value);
+  header << "}";
   for (const SavedTensor& tensor : file.tensors) {
-    std::string shape, begin = std::to_string(data.size());
-    for (const int64_t n : tensor.shape) shape = join(shape, std::to_string(n));
+    header << "," << std::quoted(tensor.name) << R"(:{"dtype":"F32","shape":[)" << joined(tensor.shape, ",")
+           << R"(],"data_offsets":[)" << data.size();
     data.append(reinterpret_cast<const char*>(tensor.value.data()), tensor.value.size() * sizeof(float));
-    header += "," + quoted(tensor.name) + ":{\"dtype\":\"F32\",\"shape\":[" + shape + "],\"data_offsets\":[" + begin +
-              "," + std::to_string(data.size()) + "]}";
+    header << "," << data.size() << "]}";
   }
-  header += "}";
-  header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the numbers start at a multiple of their size
-  const uint64_t length = header.size();
-  write_file(path, std::string(reinterpret_cast<const char*>(&length), 8) + header + data);
+  header << "}";
+  std::string text = header.str();
+  text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the numbers start at a multiple of their size
+  const uint64_t length = text.size();
+  write_file(path, std::string(reinterpret_cast<const char*>(&length), 8) + text + data);
 }
 
 // ==== 5.2 Options: one table, which the command line, --help and --resume read =======================================
@@ -1563,11 +1542,6 @@ static std::string text_of(double x) {
     snprintf(text, sizeof text, "%.*g", digits, x);
     if (float(std::strtod(text, nullptr)) == float(x)) break;
   }
-  return text;
-}
-static std::string joined(const std::vector<int>& numbers, const char* between) {
-  std::string text;
-  for (int n : numbers) text += (text.empty() ? "" : between) + std::to_string(n);
   return text;
 }
 static double number(const std::string& text, double least, double most) {
