@@ -1530,6 +1530,7 @@ struct Options {
   std::vector<std::string> given, files;   // options that stood on the command line; words that are none
   bool has(const char* name) const { return std::find(given.begin(), given.end(), name) != given.end(); }
   bool dynamic() const { return loss_scale < 0 ? precision == Type::fp16 : loss_scale == 0; }
+  float fixed_scale() const { return loss_scale < 0 ? 1 : loss_scale; }  // where it is not dynamic
 };
 static const std::vector<std::string> type_names = {"fp32", "fp16", "bf16", "auto"}, loss_names = {"xent", "mse"},
                                       update_names = {"master", "half", "kahan", "stochastic"},
@@ -1544,90 +1545,89 @@ static std::string text_of(double x) {
   }
   return text;
 }
-static double number(const std::string& text, double least, double most) {
+template <class T> static T number(const std::string& text, double least, double most) {
   char* end = nullptr;
   const double x = std::strtod(text.c_str(), &end);
   if (text.empty() || *end || std::isspace(text[0])) misuse("is no number");
   if (!(x >= least && x <= most)) misuse("must be from " + text_of(least) + " to " + text_of(most));
-  return x;
+  if (std::is_integral_v<T> && x != std::floor(x)) misuse("must be a whole number");
+  return T(x);
 }
-static int64_t whole(const std::string& text, double least, double most) {
-  const double x = number(text, least, most);
-  if (x != std::floor(x)) misuse("must be a whole number");
-  return int64_t(x);
+static std::vector<int> numbers(const std::string& text, double least, double most) {  // 784,128,10
+  std::vector<int> values;
+  std::istringstream words(text + ",");  // so that nothing before the end is a word, too
+  for (std::string word; std::getline(words, word, ',');) values.push_back(number<int>(word, least, most));
+  return values;
 }
 static int choice(const std::string& text, const std::vector<std::string>& names) {
-  const size_t i = std::find(names.begin(), names.end(), text) - names.begin();
-  std::string list;
-  for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
-  if (i == names.size()) misuse("must be one of " + list);
-  return int(i);
-}
-static std::vector<int> whole_numbers(const std::string& text, double least, double most) {  // 784,128,10
-  std::vector<int> numbers;
-  for (size_t from = 0, to; from <= text.size(); from = to + 1) {
-    to = std::min(text.find(',', from), text.size());
-    numbers.push_back(int(whole(text.substr(from, to - from), least, most)));
-  }
-  return numbers;
+  const auto found = std::find(names.begin(), names.end(), text);
+  if (found == names.end()) misuse("must be one of " + joined(names, ", "));
+  return int(found - names.begin());
 }
 
+using O = Options;
+using S = std::string;
 struct Option {
   const char *name, *values, *help;
   bool saved;  // in a checkpoint
-  void (*set)(Options&, const std::string&);
-  std::string (*get)(const Options&);
+  std::function<void(O&, const S&)> set;
+  std::function<S(const O&)> get;
 };
-using O = Options;
-using S = std::string;
+static Option option(const char* name, const char* values, const char* help, S O::*field) {
+  return {name, values, help, false, [=](O& o, const S& s) { o.*field = s; }, [=](const O& o) { return o.*field; }};
+}
+template <class T>
+static Option option(const char* name, const char* values, const char* help, T O::*field, double least, double most) {
+  const auto set = [=](O& o, const S& s) { o.*field = number<T>(s, least, most); };
+  const auto get = [=](const O& o) { return std::is_integral_v<T> ? std::to_string(o.*field) : text_of(o.*field); };
+  return {name, values, help, true, set, get};
+}
+template <class T>
+static Option option(const char* name, const char* values, const char* help, T O::*field, const std::vector<S>& all) {
+  const auto set = [=](O& o, const S& s) { o.*field = T(choice(s, all)); };
+  return {name, values, help, true, set, [=](const O& o) { return all[size_t(o.*field)]; }};
+}
 constexpr double least_rate = 1e-30, most_rate = 1e30;
-// clang-format off
 static const Option option_table[] = {
-  {"data", "DIR", "train.png and test.png, sheets of digits, or MNIST's four files", false,
-    [](O& o, const S& s) { o.data = s; }, [](const O& o) { return o.data; }},
-  {"layers", "N,N,...", "sizes: pixels, hidden layers, classes", true,
-    [](O& o, const S& s) { o.layers = whole_numbers(s, 1, 1e6); if (o.layers.size() < 2) misuse("needs at least an input and an output, such as 784,10"); },
-    [](const O& o) { return joined(o.layers, ","); }},
-  {"precision", "fp32|fp16|bf16|auto", "of all but masters, sums, loss, update; auto: by layer", true,
-    [](O& o, const S& s) { const int i = choice(s, type_names); o.automatic = i == 3; o.precision = i == 3 ? Type::fp16 : Type(i); },
-    [](const O& o) { return type_names[o.automatic ? 3 : int(o.precision)]; }},
-  {"vanish-limit", "N", "auto: most gradients, in per cent, that fp16 may blur or flush", true,
-    [](O& o, const S& s) { o.vanish_limit = float(number(s, 0, 100)); }, [](const O& o) { return text_of(o.vanish_limit); }},
-  {"update", "master|half|kahan|stochastic", "how w - lr g is added up", true,
-    [](O& o, const S& s) { o.update = Update(choice(s, update_names)); }, [](const O& o) { return update_names[int(o.update)]; }},
-  {"loss-scale", "dynamic|N", "what multiplies the loss gradient (fp32 and bf16: 1)", true,
-    [](O& o, const S& s) { o.loss_scale = s == "dynamic" ? 0 : float(number(s, least_rate, 3e38)); },
-    [](const O& o) { return o.dynamic() ? S("dynamic") : text_of(o.loss_scale < 0 ? 1 : o.loss_scale); }},
-  {"scale-init", "N", "the dynamic scale's first value", true,
-    [](O& o, const S& s) { o.scale_init = float(number(s, least_rate, 3e38)); }, [](const O& o) { return text_of(o.scale_init); }},
-  {"growth-interval", "N", "finite steps until it doubles", true,
-    [](O& o, const S& s) { o.growth_interval = int(whole(s, 1, 2e9)); }, [](const O& o) { return std::to_string(o.growth_interval); }},
-  {"loss", "xent|mse", "softmax cross-entropy, or E1 on one-hot targets", true,
-    [](O& o, const S& s) { o.loss = Loss(choice(s, loss_names)); }, [](const O& o) { return loss_names[int(o.loss)]; }},
-  {"epochs", "N", "counted from the very beginning, also after --resume", true,
-    [](O& o, const S& s) { o.epochs = int(whole(s, 1, 1e6)); }, [](const O& o) { return std::to_string(o.epochs); }},
-  {"batch", "N", "images a step", true,
-    [](O& o, const S& s) { o.batch = int(whole(s, 1, 1e6)); }, [](const O& o) { return std::to_string(o.batch); }},
-  {"lr", "X", "learning rate of plain SGD", true,
-    [](O& o, const S& s) { o.lr = float(number(s, least_rate, most_rate)); }, [](const O& o) { return text_of(o.lr); }},
-  {"seed", "N", "of the first weights, the shuffling, stochastic rounding", true,
-    [](O& o, const S& s) { o.seed = uint64_t(whole(s, 0, 9e15)); }, [](const O& o) { return std::to_string(o.seed); }},
-  {"shuffle", "on|off", "off: images in the order of the file", true,
-    [](O& o, const S& s) { o.shuffle = choice(s, switch_names); }, [](const O& o) { return switch_names[o.shuffle]; }},
-  {"init", "FILE", "first weights from a safetensors file, PyTorch's for instance", false,
-    [](O& o, const S& s) { o.init = s; }, [](const O& o) { return o.init; }},
-  {"save", "FILE", "checkpoint after every epoch", false,
-    [](O& o, const S& s) { o.save = s; }, [](const O& o) { return o.save; }},
-  {"resume", "FILE", "go on from a checkpoint; other options override what it says", false,
-    [](O& o, const S& s) { o.resume = s; }, [](const O& o) { return o.resume; }},
-  {"log", "FILE.csv", "a row a step: step,epoch,loss,loss_scale,found_inf", false,
-    [](O& o, const S& s) { o.log = s; }, [](const O& o) { return o.log; }},
-  {"sweep", "scale|lr", "of compare: accuracy over the loss scale, or over the learning rate", false,
-    [](O& o, const S& s) { choice(s, {"scale", "lr"}), o.sweep = s; }, [](const O& o) { return o.sweep; }},
-  {"svg", "FILE.svg", "of histogram and compare --sweep: the picture", false,
-    [](O& o, const S& s) { o.svg = s; }, [](const O& o) { return o.svg; }},
+    option("data", "DIR", "train.png and test.png, sheets of digits, or MNIST's four files", &O::data),
+    {"layers", "N,N,...", "sizes: pixels, hidden layers, classes", true,
+     [](O& o, const S& s) {
+       o.layers = numbers(s, 1, 1e6);
+       if (o.layers.size() < 2) misuse("needs at least an input and an output, such as 784,10");
+     },
+     [](const O& o) { return joined(o.layers, ","); }},
+    {"precision", "fp32|fp16|bf16|auto", "of all but masters, sums, loss, update; auto: by layer", true,
+     [](O& o, const S& s) {
+       const int i = choice(s, type_names);
+       o.automatic = i == 3;
+       o.precision = o.automatic ? Type::fp16 : Type(i);
+     },
+     [](const O& o) { return type_names[o.automatic ? 3 : int(o.precision)]; }},
+    option("vanish-limit", "N", "auto: most gradients, in per cent, that fp16 may blur or flush", &O::vanish_limit, 0,
+           100),
+    option("update", "master|half|kahan|stochastic", "how w - lr g is added up", &O::update, update_names),
+    {"loss-scale", "dynamic|N", "what multiplies the loss gradient (fp32 and bf16: 1)", true,
+     [](O& o, const S& s) { o.loss_scale = s == "dynamic" ? 0 : number<float>(s, least_rate, 3e38); },
+     [](const O& o) { return o.dynamic() ? S("dynamic") : text_of(o.fixed_scale()); }},
+    option("scale-init", "N", "the dynamic scale's first value", &O::scale_init, least_rate, 3e38),
+    option("growth-interval", "N", "finite steps until it doubles", &O::growth_interval, 1, 2e9),
+    option("loss", "xent|mse", "softmax cross-entropy, or E1 on one-hot targets", &O::loss, loss_names),
+    option("epochs", "N", "counted from the very beginning, also after --resume", &O::epochs, 1, 1e6),
+    option("batch", "N", "images a step", &O::batch, 1, 1e6),
+    option("lr", "X", "learning rate of plain SGD", &O::lr, least_rate, most_rate),
+    option("seed", "N", "of the first weights, the shuffling, stochastic rounding", &O::seed, 0, 9e15),
+    option("shuffle", "on|off", "off: images in the order of the file", &O::shuffle, switch_names),
+    option("init", "FILE", "first weights from a safetensors file, PyTorch's for instance", &O::init),
+    option("save", "FILE", "checkpoint after every epoch", &O::save),
+    option("resume", "FILE", "go on from a checkpoint; other options override what it says", &O::resume),
+    option("log", "FILE.csv", "a row a step: step,epoch,loss,loss_scale,found_inf", &O::log),
+    {"sweep", "scale|lr", "of compare: accuracy over the loss scale, or over the learning rate", false,
+     [](O& o, const S& s) {
+       choice(s, {"scale", "lr"}), o.sweep = s;
+     },
+     [](const O& o) { return o.sweep; }},
+    option("svg", "FILE.svg", "of histogram and compare --sweep: the picture", &O::svg),
 };
-// clang-format on
 static const Option* find_option(const std::string& name) {
   for (const Option& option : option_table)
     if (name == option.name) return &option;
@@ -1641,13 +1641,13 @@ static void set_option(Options& o, const Option& option, const std::string& valu
   }
 }
 static void refuse_contradictions(const Options& o) {
+  const std::string update = "--update " + update_names[int(o.update)];
   if (o.precision == Type::fp32 && o.update != Update::master)
-    misuse("--update " + update_names[int(o.update)] +
-           " with --precision fp32: fp32 weights lose nothing that it could save");
+    misuse(update + " with --precision fp32: fp32 weights lose nothing that it could save");
   if (o.precision == Type::fp32 && o.dynamic())
     misuse("--loss-scale dynamic with --precision fp32: its gradients do not vanish, there is nothing to scale for");
   if (o.automatic && o.update != Update::master)
-    misuse("--update " + update_names[int(o.update)] + " with --precision auto: its layers move by their fp32 masters");
+    misuse(update + " with --precision auto: its layers move by their fp32 masters");
   if (!o.automatic && o.has("vanish-limit")) misuse("--vanish-limit is for --precision auto");
   if (!o.dynamic() && (o.has("scale-init") || o.has("growth-interval")))
     misuse("--scale-init and --growth-interval are for a dynamic scale: add --loss-scale dynamic");
@@ -1672,57 +1672,67 @@ static void save_checkpoint(const std::string& path, const Options& o, const Tra
   file.metadata["epoch"] = std::to_string(t.epoch), file.metadata["position"] = std::to_string(t.state.position);
   file.metadata["step"] = std::to_string(t.state.step), file.metadata["skipped"] = std::to_string(t.state.skipped);
   file.metadata["scale"] = text_of(t.state.scale), file.metadata["tracker"] = std::to_string(t.state.growth_tracker);
+  std::vector<int> clean;
   for (int l = 1; l <= t.net.L; l++) {
     const Layer& layer = t.net.layer[l];
     file.tensors.push_back({name_of(l, "weight"), {layer.W.rows, layer.W.cols}, to_host(kept_W(layer))});
     file.tensors.push_back({name_of(l, "bias"), {layer.W.rows}, to_host(kept_b(layer))});
     if (layer.compensation.memory)
       file.tensors.push_back({name_of(l, "compensation"), {layer.compensation.cols}, to_host(layer.compensation)});
+    clean.push_back(layer.clean_probes);
   }
-  std::vector<int> clean;
-  for (int l = 1; l <= t.net.L; l++) clean.push_back(t.net.layer[l].clean_probes);
   if (o.automatic) file.metadata["clean-probes"] = joined(clean, ",");
   write_safetensors(path, file);
 }
 
+static const SavedTensor* find_tensor(const SafeTensors& file, const std::string& name) {
+  for (const SavedTensor& tensor : file.tensors)
+    if (tensor.name == name) return &tensor;
+  return nullptr;
+}
 // The weights of a file that any program may have written: its matrices called *.weight, in the order of the numbers in
 // their names, each with the *.bias that belongs to it.
-static std::vector<std::pair<const SavedTensor*, const SavedTensor*>> linear_layers(const SafeTensors& file,
-                                                                                    const std::string& path) {
-  std::map<long, std::pair<const SavedTensor*, const SavedTensor*>> found;
+struct Linear {
+  const SavedTensor *weight, *bias;
+};
+static std::vector<Linear> linear_layers(const SafeTensors& file, const std::string& path) {
+  std::map<long, Linear> found;
   for (const SavedTensor& weight : file.tensors) {
-    const size_t length = weight.name.size(), digit = weight.name.find_last_of("0123456789");
-    if (weight.shape.size() != 2 || length < 6 || weight.name.substr(length - 6) != "weight") continue;
-    const size_t before = digit == weight.name.npos ? digit : weight.name.find_last_not_of("0123456789", digit);
-    const long place = digit == weight.name.npos ? -1 : std::strtol(&weight.name[before + 1], nullptr, 10);
-    for (const SavedTensor& bias : file.tensors)
-      if (bias.name == weight.name.substr(0, length - 6) + "bias" && bias.shape == std::vector{weight.shape[0]})
-        found[place] = {&weight, &bias};
+    const std::string& name = weight.name;
+    const size_t stem = name.size() - std::min<size_t>(name.size(), 6);
+    if (weight.shape.size() != 2 || name.substr(stem) != "weight") continue;
+    const SavedTensor* const bias = find_tensor(file, name.substr(0, stem) + "bias");
+    if (!bias || bias->shape != std::vector{weight.shape[0]}) continue;
+    const size_t last = name.find_last_of("0123456789"), before = name.find_last_not_of("0123456789", last);
+    found[last == name.npos ? -1 : std::strtol(&name[before + 1], nullptr, 10)] = {&weight, bias};
   }
-  std::vector<std::pair<const SavedTensor*, const SavedTensor*>> layers;
+  std::vector<Linear> layers;
   for (const auto& [place, layer] : found) {
-    if (!layers.empty() && layer.first->shape[1] != layers.back().first->shape[0])
-      fail("%s: %s takes %ld numbers, the layer before it gives %ld", path.c_str(), layer.first->name.c_str(),
-           long(layer.first->shape[1]), long(layers.back().first->shape[0]));
+    const int64_t in = layer.weight->shape[1], given = layers.empty() ? in : layers.back().weight->shape[0];
+    if (in != given)
+      fail("%s: %s takes %ld numbers, the layer before it gives %ld", path.c_str(), layer.weight->name.c_str(),
+           long(in), long(given));
     layers.push_back(layer);
   }
   if (layers.empty()) fail("%s: holds no layer: a matrix 0.weight and its 0.bias, as PyTorch names them", path.c_str());
   return layers;
 }
-static void take_layers(Options& o, const SafeTensors& file,
-                        const std::string& path) {  // from the file, agreeing with --layers
-  const auto layers = linear_layers(file, path);
-  std::vector<int> sizes = {int(layers[0].first->shape[1])};
-  for (const auto& layer : layers) sizes.push_back(int(layer.first->shape[0]));
-  if (o.has("layers") && sizes != o.layers)
-    fail("%s: holds layers %s, not --layers %s; leave the option away", path.c_str(), joined(sizes, ",").c_str(),
-         joined(o.layers, ",").c_str());
+// The sizes of the file's layers, which --layers may not contradict
+static void take_layers(Options& o, const SafeTensors& file, const std::string& path) {
+  std::vector<int> sizes;
+  for (const Linear& layer : linear_layers(file, path)) {
+    if (sizes.empty()) sizes.push_back(int(layer.weight->shape[1]));
+    sizes.push_back(int(layer.weight->shape[0]));
+  }
+  const std::string held = joined(sizes, ","), asked = joined(o.layers, ",");
+  if (o.has("layers") && held != asked)
+    fail("%s: holds layers %s, not --layers %s; leave the option away", path.c_str(), held.c_str(), asked.c_str());
   o.layers = sizes;
 }
 static void take_weights(Mlp& net, const SafeTensors& file, const std::string& path) {
-  const auto layers = linear_layers(file, path);
-  for (int l = 1; l <= net.L; l++)
-    set_parameters(net.layer[l], layers[l - 1].first->value, layers[l - 1].second->value);
+  int l = 1;
+  for (const Linear& layer : linear_layers(file, path))
+    set_parameters(net.layer[l++], layer.weight->value, layer.bias->value);
 }
 // Hands a word of the file's metadata to `use`, which may misuse(): the file is damaged then.
 template <class F>
@@ -1745,7 +1755,7 @@ static void set_types(Mlp& net) {
 static void take_types(Mlp& net, const SafeTensors& file, const std::string& path) {
   if (!file.metadata.count("clean-probes")) return;  // not saved by auto
   read_metadata(file, path, "clean-probes", [&](const std::string& text) {
-    const std::vector<int> clean = whole_numbers(text, 0, 2);
+    const std::vector<int> clean = numbers(text, 0, 2);
     if (int(clean.size()) != net.L) misuse("must have a number for each layer");
     for (int l = 1; l <= net.L; l++) net.layer[l].clean_probes = clean[l - 1];
   });
@@ -1753,10 +1763,11 @@ static void take_types(Mlp& net, const SafeTensors& file, const std::string& pat
 }
 // The options that a checkpoint remembers, but for those on the command line
 static void take_options(Options& o, const SafeTensors& file, const std::string& path) {
+  const auto precision = file.metadata.find("precision");
+  const bool new_precision =
+      o.has("precision") && precision != file.metadata.end() && precision->second != find_option("precision")->get(o);
   for (const Option& option : option_table) {
     if (!option.saved || o.has(option.name) || !file.metadata.count(option.name)) continue;
-    const bool new_precision = o.has("precision") && file.metadata.count("precision") &&
-                               file.metadata.at("precision") != type_names[o.automatic ? 3 : int(o.precision)];
     if (new_precision && !strcmp(option.name, "loss-scale")) continue;  // it has its own default
     read_metadata(file, path, option.name, [&](const std::string& value) { option.set(o, value); });
   }
@@ -1770,27 +1781,18 @@ static double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 static std::string describe(const Options& o) {
-  std::string text =
-      machine() + " · " + joined(o.layers, "-") + " · " + (o.automatic ? "auto: " : "") + type_names[int(o.precision)];
-  if (o.automatic) text += " or fp32 by layer";
+  std::string text = machine() + " · " + joined(o.layers, "-") + " · ";
+  text += o.automatic ? "auto: fp16 or fp32 by layer" : type_names[int(o.precision)];
   if (o.precision != Type::fp32)
     text += o.update == Update::master ? ", fp32 master" : ", no master, " + update_names[int(o.update)] + " update";
   if (o.dynamic()) return text + ", dynamic loss scale";
-  return text + (o.loss_scale > 0 && o.loss_scale != 1 ? ", loss scale " + text_of(o.loss_scale) : "");
+  return text + (o.fixed_scale() == 1 ? "" : ", loss scale " + text_of(o.loss_scale));
 }
 static double accuracy(Mlp& net, const Images& test) {  // per cent
   const std::vector<int> answer = predict(net, test.pixel);
   size_t right = 0;
   for (size_t i = 0; i < answer.size(); i++) right += answer[i] == test.label[i];
   return 100.0 * double(right) / double(answer.size());
-}
-// Which image comes when: a permutation that depends on seed and epoch alone, so that a resumed run sees the same
-static std::vector<int> order_of_epoch(const Options& o, int epoch, int count) {
-  std::vector<int> order(count);
-  for (int i = 0; i < count; i++) order[i] = i;
-  const uint64_t seed = random_bits(o.seed, 1u << 20 | unsigned(epoch));
-  for (int i = count - 1; o.shuffle && i > 0; i--) std::swap(order[i], order[random_bits(seed, i) % unsigned(i + 1)]);
-  return order;
 }
 // The step that halted, once more by hand: where is the first number that is not finite?
 static std::string first_not_finite(Mlp& net, const Batch& batch, LossScaler& scaler) {
@@ -1855,12 +1857,11 @@ static void check_can_save(const std::string& path) {  // now, rather than after
     fail("%s: cannot be saved: %s; make its folder, or save elsewhere", path.c_str(), strerror(errno));
 }
 static void check_fit(const Options& o, const Images& images) {
-  if (o.layers.front() != images.pixels || o.layers.back() != images.classes) {
-    std::vector<int> fitting = o.layers;
-    fitting.front() = images.pixels, fitting.back() = images.classes;
+  std::vector<int> fitting = o.layers;
+  fitting.front() = images.pixels, fitting.back() = images.classes;
+  if (fitting != o.layers)
     fail("layers %s do not fit the data in %s: %d pixels an image, %d classes; use --layers %s",
          joined(o.layers, ",").c_str(), o.data.c_str(), images.pixels, images.classes, joined(fitting, ",").c_str());
-  }
   if (o.batch > images.count)
     fail("--batch %d: %s holds only %d images to train on", o.batch, o.data.c_str(), images.count);
 }
@@ -1868,32 +1869,32 @@ static void check_fit(const Options& o, const Images& images) {
 static void restore(Run& run, const SafeTensors& file) {
   const Options& o = run.o;
   StepState& state = run.t.state;
-  int64_t old_batch = 0, image = 0;
-  bool was_dynamic = false;
-  const auto count = [&](const char* name, auto& n) {
-    read_metadata(file, o.resume, name, [&](const std::string& s) { n = std::decay_t<decltype(n)>(whole(s, 0, 2e9)); });
+  const auto read = [&](const char* name, auto& n, double least, double most) {
+    read_metadata(file, o.resume, name,
+                  [&](const std::string& s) { n = number<std::decay_t<decltype(n)>>(s, least, most); });
   };
-  count("epoch", run.t.epoch), count("step", state.step), count("skipped", state.skipped);
-  count("batch", old_batch), count("position", image), image *= old_batch;
+  int64_t old_batch = 0, image = 0;
+  read("epoch", run.t.epoch, 0, 2e9), read("step", state.step, 0, 2e9), read("skipped", state.skipped, 0, 2e9);
+  read("batch", old_batch, 0, 2e9), read("position", image, 0, 2e9), image *= old_batch;
   state.position = int(std::min(image / o.batch, int64_t(run.steps)));
   if (state.position >= run.steps && state.position > 0) run.t.epoch++, state.position = 0;
+  bool was_dynamic = false;
   read_metadata(file, o.resume, "loss-scale", [&](const std::string& s) { was_dynamic = s == "dynamic"; });
-  if (o.dynamic() && was_dynamic && !o.has("loss-scale") && !o.has("scale-init")) {
-    read_metadata(file, o.resume, "scale",
-                  [&](const std::string& s) { state.scale = float(number(s, least_rate, 3.4e38)); });
-    count("tracker", state.growth_tracker);
-  }
+  if (o.dynamic() && was_dynamic && !o.has("loss-scale") && !o.has("scale-init"))
+    read("scale", state.scale, least_rate, 3.4e38), read("tracker", state.growth_tracker, 0, 2e9);
   if (state.growth_tracker >= o.growth_interval) state.growth_tracker = 0;
-  for (int l = 1; l <= run.t.net.L; l++)
-    for (const SavedTensor& tensor : file.tensors)
-      if (tensor.name == name_of(l, "compensation") && run.t.net.layer[l].compensation.memory) {
-        if (tensor.value.size() != size_t(run.t.net.layer[l].compensation.cols))
-          fail("%s: %s has the wrong size; the file is damaged", o.resume.c_str(), tensor.name.c_str());
-        to_device(tensor.value, run.t.net.layer[l].compensation);
-      }
+  for (int l = 1; l <= run.t.net.L; l++) {
+    const Tensor& compensation = run.t.net.layer[l].compensation;
+    const SavedTensor* const saved = find_tensor(file, name_of(l, "compensation"));
+    if (!saved || !compensation.memory) continue;
+    if (saved->value.size() != size_t(compensation.cols))
+      fail("%s: %s has the wrong size; the file is damaged", o.resume.c_str(), saved->name.c_str());
+    to_device(saved->value, compensation);
+  }
 }
 static void prepare(Run& run) {
   Options& o = run.o;
+  Mlp& net = run.t.net;
   const std::string from = o.resume.empty() ? o.init : o.resume;
   SafeTensors file;
   if (!from.empty()) file = read_safetensors(from);
@@ -1906,16 +1907,16 @@ static void prepare(Run& run) {
   check_fit(o, images);
   run.steps = images.count / o.batch;
 
-  run.t.net = make_mlp(o.layers, o.batch, o.precision, o.update);
-  run.t.net.loss = o.loss, run.t.net.seed = o.seed;
-  if (from.empty()) initialise(run.t.net);
-  else take_weights(run.t.net, file, from);
-  if (o.automatic && !o.resume.empty()) take_types(run.t.net, file, from);
-  run.t.state.scale = o.dynamic() ? o.scale_init : o.loss_scale < 0 ? 1 : o.loss_scale;
+  net = make_mlp(o.layers, o.batch, o.precision, o.update);
+  net.loss = o.loss, net.seed = o.seed;
+  if (from.empty()) initialise(net);
+  else take_weights(net, file, from);
+  if (o.automatic && !o.resume.empty()) take_types(net, file, from);
+  run.t.state.scale = o.dynamic() ? o.scale_init : o.fixed_scale();
   if (!o.resume.empty()) restore(run, file);
   run.scaler = o.dynamic() ? LossScaler(65536, 2, 0.5f, o.growth_interval) : LossScaler(1, 1, 1, 1);
   run.scaler.history = device_array<StepRecord>(run.steps);
-  run.pixels = on_device(images.pixel), run.labels = on_device(images.label),
+  run.pixels = on_device(images.pixel), run.labels = on_device(images.label);
   run.order = device_array<int>(images.count);
   run.batch.pixels = run.pixels.get(), run.batch.labels = run.labels.get(), run.batch.order = run.order.get();
   run.batch.rows = o.batch;
@@ -1940,22 +1941,19 @@ static void fetch(Run& run) {
   }
   if (run.log && (fflush(run.log) != 0 || ferror(run.log)))
     fail("%s: cannot be written: %s", run.o.log.c_str(), strerror(errno));
-  if (!state.halted) return;
-  fail(
-      "step %u (epoch %d, batch %d) cannot be saved by a smaller loss scale than its %g: %s; use a smaller --lr, or "
-      "--precision "
-      "bf16 or fp32 (no checkpoint holds anything of this epoch)",
-      state.step, run.t.epoch + 1, state.position, state.scale,
-      first_not_finite(run.t.net, run.batch, run.scaler).c_str());
+  if (state.halted)
+    fail(
+        "step %u (epoch %d, batch %d) cannot be saved by a smaller loss scale than its %g: %s; use a smaller --lr, "
+        "or --precision bf16 or fp32 (no checkpoint holds anything of this epoch)",
+        state.step, run.t.epoch + 1, state.position, state.scale,
+        first_not_finite(run.t.net, run.batch, run.scaler).c_str());
 }
 static void show_progress(const Run& run, int done, double since) {
   static double shown = 0;
   if (!isatty(STDOUT_FILENO) || seconds() - shown < 0.1) return;
   shown = seconds();
-  const int filled = 40 * done / run.steps;
-  printf("\r%5d  [%.*s%.*s] %d of %d steps, %.0f s", run.t.epoch + 1, filled,
-         "########################################", 40 - filled, "........................................", done,
-         run.steps, seconds() - since);
+  const std::string line = std::string(40 * done / run.steps, '#') + std::string(40, '.');
+  printf("\r%5d  [%.40s] %d of %d steps, %.0f s", run.t.epoch + 1, line.c_str(), done, run.steps, shown - since);
   fflush(stdout);
 }
 // Once an epoch, before its first step: which layers must be in fp32, and why; which need not any more.
@@ -1978,17 +1976,22 @@ static void choose_types(Run& run) {
 }
 static std::string map_of(const Mlp& net) {  // `16 32   98.7%`: bits by layer, multiply-adds done in 16
   std::string map;
-  double in_16 = 0, all = 0;
+  double products[2] = {};  // in 16 bits, in 32
   for (int l = 1; l <= net.L; l++) {
     const Tensor& W = net.layer[l].W;
-    const double products = double(W.rows) * W.cols;
     map += W.type == Type::fp32 ? "32 " : "16 ";
-    all += products, in_16 += W.type == Type::fp32 ? 0 : products;
+    products[W.type == Type::fp32] += double(W.rows) * W.cols;
   }
-  return map + format("%9.1f%%", 100 * in_16 / all);
+  return map + format("%9.1f%%", 100 * products[0] / (products[0] + products[1]));
 }
-static void shuffle(Run& run) {  // the epoch's order, onto the device
-  const std::vector<int> order = order_of_epoch(run.o, run.t.epoch, run.data.train.count);
+// Which image comes when, onto the device: a permutation that depends on seed and epoch alone, so that a resumed run sees
+// the same
+static void shuffle(Run& run) {
+  std::vector<int> order(run.data.train.count);
+  for (int i = 0; i < int(order.size()); i++) order[i] = i;
+  const uint64_t seed = random_bits(run.o.seed, 1u << 20 | unsigned(run.t.epoch));
+  for (int i = int(order.size()) - 1; run.o.shuffle && i > 0; i--)
+    std::swap(order[i], order[random_bits(seed, i) % unsigned(i + 1)]);
   CHECK(cudaMemcpy(run.order.get(), order.data(), order.size() * sizeof(int), cudaMemcpyHostToDevice));
 }
 // An epoch, or what is left of it after --resume. The host does not wait for a GPU before its end.
@@ -2034,9 +2037,9 @@ static int train(const Options& options) {
   }
   if (run.log && fclose(run.log) != 0) fail("%s: cannot be written: %s", o.log.c_str(), strerror(errno));
   if (stop_signal && run.t.epoch < o.epochs) {
-    fprintf(
-        stderr, "mp: stopped after step %u%s\n", run.t.state.step,
-        o.save.empty() ? "; nothing is saved without --save" : ("; go on with: mp train --resume " + o.save).c_str());
+    const std::string next =
+        o.save.empty() ? "nothing is saved without --save" : "go on with: mp train --resume " + o.save;
+    fprintf(stderr, "mp: stopped after step %u; %s\n", run.t.state.step, next.c_str());
     return 128 + stop_signal;
   }
   if (!o.save.empty()) save_checkpoint(o.save, o, run.t);
