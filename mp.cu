@@ -1794,30 +1794,23 @@ static double accuracy(Mlp& net, const Images& test) {  // per cent
   for (size_t i = 0; i < answer.size(); i++) right += answer[i] == test.label[i];
   return 100.0 * double(right) / double(answer.size());
 }
-// The step that halted, once more by hand: where is the first number that is not finite?
-static std::string first_not_finite(Mlp& net, const Batch& batch, LossScaler& scaler) {
+// The step that halted has left its tensors as they were: where is the first number that is not finite?
+static std::string first_not_finite(const Mlp& net) {
   std::string found;
   const auto look = [&](const char* name, int l, const Tensor& t) {
     const std::vector<float> values = to_host(t);
     const auto bad = std::find_if(values.begin(), values.end(), [](float x) { return !std::isfinite(x); });
-    if (!found.empty() || bad == values.end()) return;
     const int at = int(bad - values.begin());
-    char text[200];
-    snprintf(text, sizeof text, "%s of layer %d is %g at row %d, column %d", name, l, *bad, at / t.cols, at % t.cols);
-    found = text;
+    if (found.empty() && bad != values.end())
+      found = format("%s of layer %d is %g at row %d, column %d", name, l, *bad, at / t.cols, at % t.cols);
   };
-  preprocess(net, batch, &scaler);
   for (int l = 1; l <= net.L; l++) {
-    forward(net, l);
     look("the weights W", l, net.layer[l].W), look("the bias b", l, net.layer[l].b);
     look("in the forward pass the activation a", l, net.layer[l].a);
   }
-  loss(net, scaler), output_delta(net, scaler);
-  look("in the backward pass delta", net.L, net.layer[net.L].delta);
   for (int l = net.L; l >= 1; l--) {
-    weight_gradient(net, l);
+    look("in the backward pass delta", l, net.layer[l].delta);
     look("in the backward pass the gradient dW", l, net.layer[l].dW), look("the gradient db", l, net.layer[l].db);
-    if (l > 1) backward(net, l), look("in the backward pass delta", l - 1, net.layer[l - 1].delta);
   }
   return found;
 }
@@ -1945,8 +1938,7 @@ static void fetch(Run& run) {
     fail(
         "step %u (epoch %d, batch %d) cannot be saved by a smaller loss scale than its %g: %s; use a smaller --lr, "
         "or --precision bf16 or fp32 (no checkpoint holds anything of this epoch)",
-        state.step, run.t.epoch + 1, state.position, state.scale,
-        first_not_finite(run.t.net, run.batch, run.scaler).c_str());
+        state.step, run.t.epoch + 1, state.position, state.scale, first_not_finite(run.t.net).c_str());
 }
 static void show_progress(const Run& run, int done, double since) {
   static double shown = 0;
