@@ -1169,6 +1169,14 @@ template <class F> static auto parse_file(const std::string& path, const char* a
   }
 }
 
+static void check_can_save(const std::string& path) {  // also before training, rather than after an hour of it
+  struct stat info;
+  if (stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode))
+    fail("%s: this is a folder, a device or a pipe; name a file to save to", path.c_str());
+  const auto folder = std::filesystem::path(path).parent_path() / ".";
+  if (access(folder.c_str(), W_OK | X_OK) != 0 || (access(path.c_str(), W_OK) != 0 && errno != ENOENT))
+    fail("%s: cannot be saved: %s; make its folder first, or save elsewhere", path.c_str(), strerror(errno));
+}
 // All who write to one path take turns under one temporary name. The lock dies with its owner, and what a killed one left
 // behind is written over.
 static FILE* open_temporary(const std::string& path) {
@@ -1185,10 +1193,8 @@ static FILE* open_temporary(const std::string& path) {
 // Whoever reads the path sees the old file or the new one, never half of it; after a power cut too, for the bytes reach
 // the disk before the name does.
 void write_file(const std::string& path, const std::string& bytes) {
-  struct stat info;
-  const bool old = stat(path.c_str(), &info) == 0;
-  if (old && !S_ISREG(info.st_mode)) fail("%s: this is a folder, a device or a pipe; name a file", path.c_str());
-  if (old && access(path.c_str(), W_OK) != 0) fail("%s: %s; name another file", path.c_str(), strerror(errno));
+  check_can_save(path);
+  const bool old = std::filesystem::exists(path);
   const auto target = old ? std::filesystem::canonical(path) : std::filesystem::path(path);  // where a link leads
   const std::string temporary = target.string() + ".unfinished";
   signal(SIGXFSZ, SIG_IGN);  // so that a limit on file sizes is an error, as a full disk is
@@ -1199,10 +1205,9 @@ void write_file(const std::string& path, const std::string& bytes) {
   if (file && !written) unlink(temporary.c_str());
   if (file) fclose(file);
   if (!written)
-    fail("%s: not written: %s; %s%s", path.c_str(), strerror(reason),
-         reason == ENOENT ? "make its folder first" : "make room or save elsewhere",
+    fail("%s: not written: %s; make room or save elsewhere%s", path.c_str(), strerror(reason),
          old ? ", the old file is kept" : "");
-  const int folder = open(target.has_parent_path() ? target.parent_path().c_str() : ".", O_RDONLY);
+  const int folder = open((target.parent_path() / ".").c_str(), O_RDONLY);
   fsync(folder);  // the new name
   close(folder);
 }
@@ -1322,13 +1327,14 @@ static Bytes parse_idx(const Bytes& file, std::vector<uint32_t>& dimension) {
   const char* const kind = dimension.size() == 1 ? "labels" : "images";
   if (bytes.size() < header || big_endian(bytes.data()) != magic) fail("no idx file of %s (number %zu)", kind, magic);
   const size_t there = bytes.size() - header;
-  size_t promised = 1;
+  double promised = 1;  // exact up to 2^53, and no file is larger
   for (size_t i = 0; i < dimension.size(); i++) {
     dimension[i] = big_endian(&bytes[4 + 4 * i]);
-    if (promised <= there) promised *= dimension[i];  // below 2^31 times 2^32
+    promised *= dimension[i];
   }
   if (there == 0) fail("no %s in it", kind);
-  if (promised != there) fail("the header promises %s bytes, %zu follow", joined(dimension, " x ").c_str(), there);
+  if (promised != double(there))
+    fail("the header promises %s bytes, %zu follow", joined(dimension, " x ").c_str(), there);
   bytes.erase(bytes.begin(), bytes.begin() + long(header));
   return bytes;
 }
@@ -1352,24 +1358,21 @@ static Images read_mnist(const std::string& images_path, const std::string& labe
 Dataset load_dataset(const std::string& folder) {
   const char* const advice = "`make digits` draws sheets into data/, `make mnist` downloads MNIST into build/mnist";
   const char* const sheet = "a sheet is an 8-bit grey PNG of square tiles, 100 in a row (`make digits` draws one)";
-  const char* const names[] = {"train.png",
-                               "test.png",
-                               "train-images-idx3-ubyte",
-                               "train-labels-idx1-ubyte",
-                               "t10k-images-idx3-ubyte",
-                               "t10k-labels-idx1-ubyte"};
+  std::vector<std::string> names = {"train.png", "test.png"};
+  for (const std::string set : {"train-", "t10k-"})
+    for (const char* content : {"images-idx3-ubyte", "labels-idx1-ubyte"}) names.push_back(set + content);
   std::string path[6];  // empty where a file is missing
   std::error_code none;
   if (!std::filesystem::is_directory(folder, none)) fail("%s: there is no such folder; %s", folder.c_str(), advice);
   for (int i = 0; i < 6; i++)
     for (const char* ending : {".gz", ""}) {
-      const auto candidate = std::filesystem::path(folder) / (names[i] + std::string(ending));
+      const auto candidate = std::filesystem::path(folder) / (names[i] + ending);
       if (std::filesystem::exists(candidate, none)) path[i] = candidate.string();
     }
   const bool sheets = !(path[0] + path[1]).empty(), mnist = !(path[2] + path[3] + path[4] + path[5]).empty();
   if (!sheets && !mnist) fail("%s: holds neither sheets of digits nor MNIST's files; %s", folder.c_str(), advice);
   for (int i = sheets ? 0 : 2; i < (sheets ? 2 : 6); i++)
-    if (path[i].empty()) fail("%s: %s is missing; %s", folder.c_str(), names[i], advice);
+    if (path[i].empty()) fail("%s: %s is missing; %s", folder.c_str(), names[i].c_str(), advice);
   Dataset data;
   data.train = sheets ? parse_file(path[0], sheet, parse_sheet) : read_mnist(path[2], path[3]);
   data.test = sheets ? parse_file(path[1], sheet, parse_sheet) : read_mnist(path[4], path[5]);
@@ -1385,7 +1388,6 @@ Dataset load_dataset(const std::string& folder) {
 // {"__metadata__": {"epoch": "3"}, "0.weight": {"dtype": "F32", "shape": [128, 784], "data_offsets": [0, 401408]}}
 struct HeaderReader {  // of the JSON that can stand there: objects, strings, lists of whole numbers
   const char *at, *end;
-
   [[noreturn]] void refuse(const std::string& what) const {
     fail("%.70s, %td bytes before the header's end", what.c_str(), end - at);
   }
@@ -1468,14 +1470,14 @@ static SafeTensors parse_safetensors(const Bytes& file) {
   for (auto& [offsets, entry] : entries) {
     auto& [type, tensor] = entry;
     const size_t width = type == "F64" ? 8 : type == "F32" ? 4 : type == "F16" || type == "BF16" ? 2 : 0;
-    const size_t begin = size_t(offsets[0]), end = size_t(offsets[1]), most = SIZE_MAX / 8;
+    const size_t begin = size_t(offsets[0]), end = size_t(offsets[1]);
     const char* const name = tensor.name.c_str();
     if (width == 0) fail("tensor \"%.60s\" is %.20s, not F32, F16, BF16 or F64", name, type.c_str());
-    size_t count = 1;
-    for (const int64_t n : tensor.shape) count = n && count > most / size_t(n) ? most : count * size_t(n);
-    if (begin != done || end < begin || end > size || count * width != end - begin)
+    auto bytes = double(width);  // exact up to 2^53, and no file is larger
+    for (const int64_t n : tensor.shape) bytes *= double(n);
+    if (begin != done || end < begin || end > size || bytes != double(end - begin))
       fail("tensor \"%.60s\" does not fit: its type, shape, data_offsets %zu to %zu, the file", name, begin, end);
-    for (tensor.value.reserve(count); done < end; done += width) {
+    for (tensor.value.reserve((end - begin) / width); done < end; done += width) {
       const uint8_t* from = numbers + done;
       tensor.value.push_back(type == "F32"   ? little_endian<float>(from)
                              : type == "F64" ? float(little_endian<double>(from))
@@ -1695,8 +1697,8 @@ static const SavedTensor* find_tensor(const SafeTensors& file, const std::string
 struct Linear {
   const SavedTensor *weight, *bias;
 };
-static std::vector<Linear> linear_layers(const SafeTensors& file, const std::string& path) {
-  std::map<long, Linear> found;
+static std::map<long, Linear> linear_layers(const SafeTensors& file) {
+  std::map<long, Linear> layers;
   for (const SavedTensor& weight : file.tensors) {
     const std::string& name = weight.name;
     const size_t stem = name.size() - std::min<size_t>(name.size(), 6);
@@ -1704,34 +1706,30 @@ static std::vector<Linear> linear_layers(const SafeTensors& file, const std::str
     const SavedTensor* const bias = find_tensor(file, name.substr(0, stem) + "bias");
     if (!bias || bias->shape != std::vector{weight.shape[0]}) continue;
     const size_t last = name.find_last_of("0123456789"), before = name.find_last_not_of("0123456789", last);
-    found[last == name.npos ? -1 : std::strtol(&name[before + 1], nullptr, 10)] = {&weight, bias};
+    layers[last == name.npos ? -1 : std::strtol(&name[before + 1], nullptr, 10)] = {&weight, bias};
   }
-  std::vector<Linear> layers;
-  for (const auto& [place, layer] : found) {
-    const int64_t in = layer.weight->shape[1], given = layers.empty() ? in : layers.back().weight->shape[0];
-    if (in != given)
-      fail("%s: %s takes %ld numbers, the layer before it gives %ld", path.c_str(), layer.weight->name.c_str(),
-           long(in), long(given));
-    layers.push_back(layer);
-  }
-  if (layers.empty()) fail("%s: holds no layer: a matrix 0.weight and its 0.bias, as PyTorch names them", path.c_str());
   return layers;
 }
-// The sizes of the file's layers, which --layers may not contradict
+// The sizes of the file's layers, which must fit one another, and --layers
 static void take_layers(Options& o, const SafeTensors& file, const std::string& path) {
   std::vector<int> sizes;
-  for (const Linear& layer : linear_layers(file, path)) {
-    if (sizes.empty()) sizes.push_back(int(layer.weight->shape[1]));
-    sizes.push_back(int(layer.weight->shape[0]));
+  for (const auto& [place, layer] : linear_layers(file)) {
+    const long out = layer.weight->shape[0], in = layer.weight->shape[1];
+    if (sizes.empty()) sizes.push_back(int(in));
+    if (sizes.back() != in)
+      fail("%s: %s takes %ld numbers, the layer before it gives %d", path.c_str(), layer.weight->name.c_str(), in,
+           sizes.back());
+    sizes.push_back(int(out));
   }
+  if (sizes.empty()) fail("%s: holds no layer: a matrix 0.weight and its 0.bias, as PyTorch names them", path.c_str());
   const std::string held = joined(sizes, ","), asked = joined(o.layers, ",");
   if (o.has("layers") && held != asked)
     fail("%s: holds layers %s, not --layers %s; leave the option away", path.c_str(), held.c_str(), asked.c_str());
   o.layers = sizes;
 }
-static void take_weights(Mlp& net, const SafeTensors& file, const std::string& path) {
+static void take_weights(Mlp& net, const SafeTensors& file) {
   int l = 1;
-  for (const Linear& layer : linear_layers(file, path))
+  for (const auto& [place, layer] : linear_layers(file))
     set_parameters(net.layer[l++], layer.weight->value, layer.bias->value);
 }
 // Hands a word of the file's metadata to `use`, which may misuse(): the file is damaged then.
@@ -1775,8 +1773,7 @@ static void take_options(Options& o, const SafeTensors& file, const std::string&
 
 // ==== 5.2 The training loop ==========================================================================================
 static volatile std::sig_atomic_t stop_signal = 0;
-static void on_signal(int number_) { stop_signal = number_; }
-
+static void on_signal(int number) { stop_signal = number; }
 static double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -1840,15 +1837,6 @@ struct Run {
   bool quiet = false;                                  // no row an epoch
   FILE* log = nullptr;
 };
-static void check_can_save(const std::string& path) {  // now, rather than after an hour of training
-  const std::string folder = std::filesystem::path(path).parent_path().string();
-  std::error_code none;
-  if (std::filesystem::exists(path, none) && !std::filesystem::is_regular_file(path, none))
-    fail("%s: this is a folder, a device or a pipe; name a file to save to", path.c_str());
-  if (access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0 ||
-      (access(path.c_str(), W_OK) != 0 && errno != ENOENT))
-    fail("%s: cannot be saved: %s; make its folder, or save elsewhere", path.c_str(), strerror(errno));
-}
 static void check_fit(const Options& o, const Images& images) {
   std::vector<int> fitting = o.layers;
   fitting.front() = images.pixels, fitting.back() = images.classes;
@@ -1863,14 +1851,13 @@ static void restore(Run& run, const SafeTensors& file) {
   const Options& o = run.o;
   StepState& state = run.t.state;
   const auto read = [&](const char* name, auto& n, double least, double most) {
-    read_metadata(file, o.resume, name,
-                  [&](const std::string& s) { n = number<std::decay_t<decltype(n)>>(s, least, most); });
+    read_metadata(file, o.resume, name, [&](auto& s) { n = number<std::decay_t<decltype(n)>>(s, least, most); });
   };
   int64_t old_batch = 0, image = 0;
   read("epoch", run.t.epoch, 0, 2e9), read("step", state.step, 0, 2e9), read("skipped", state.skipped, 0, 2e9);
   read("batch", old_batch, 0, 2e9), read("position", image, 0, 2e9), image *= old_batch;
   state.position = int(std::min(image / o.batch, int64_t(run.steps)));
-  if (state.position >= run.steps && state.position > 0) run.t.epoch++, state.position = 0;
+  if (state.position == run.steps) run.t.epoch++, state.position = 0;
   bool was_dynamic = false;
   read_metadata(file, o.resume, "loss-scale", [&](const std::string& s) { was_dynamic = s == "dynamic"; });
   if (o.dynamic() && was_dynamic && !o.has("loss-scale") && !o.has("scale-init"))
@@ -1903,7 +1890,7 @@ static void prepare(Run& run) {
   net = make_mlp(o.layers, o.batch, o.precision, o.update);
   net.loss = o.loss, net.seed = o.seed;
   if (from.empty()) initialise(net);
-  else take_weights(net, file, from);
+  else take_weights(net, file);
   if (o.automatic && !o.resume.empty()) take_types(net, file, from);
   run.t.state.scale = o.dynamic() ? o.scale_init : o.fixed_scale();
   if (!o.resume.empty()) restore(run, file);
@@ -1976,8 +1963,7 @@ static std::string map_of(const Mlp& net) {  // `16 32   98.7%`: bits by layer, 
   }
   return map + format("%9.1f%%", 100 * products[0] / (products[0] + products[1]));
 }
-// Which image comes when, onto the device: a permutation that depends on seed and epoch alone, so that a resumed run sees
-// the same
+// Which image comes when, onto the device: it depends on seed and epoch alone, so that a resumed run sees the same.
 static void shuffle(Run& run) {
   std::vector<int> order(run.data.train.count);
   for (int i = 0; i < int(order.size()); i++) order[i] = i;
@@ -2351,7 +2337,7 @@ static Mlp open_model(Options& o) {  // the first of o.files, with the options t
   if (file.metadata.count("precision") == 0) o.precision = Type::fp32;  // written by another program
   take_options(o, file, o.files[0]), take_layers(o, file, o.files[0]);
   Mlp net = make_mlp(o.layers, 64, o.precision, o.update);
-  take_weights(net, file, o.files[0]);
+  take_weights(net, file);
   if (o.automatic) take_types(net, file, o.files[0]);
   return net;
 }
