@@ -28,6 +28,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iomanip>
 #include <set>
 #include <sstream>
 #include <string_view>
@@ -1147,24 +1148,19 @@ static void* stb_resize(void* old, size_t bytes) { return bytes <= stb_most ? st
 #include <stb/stb_image.h>
 
 // ==== 5.1 Data: sheets of digits, or MNIST's four files ==============================================================
-
 using Bytes = std::vector<uint8_t>;
-
 Bytes read_file(const std::string& path) {
   struct stat info;
   if (stat(path.c_str(), &info) != 0) fail("%s: %s; check the name", path.c_str(), strerror(errno));
-  if (S_ISDIR(info.st_mode)) fail("%s: this is a folder; name a file", path.c_str());
-  if (!S_ISREG(info.st_mode)) fail("%s: this is a device or a pipe; name a file", path.c_str());
+  if (!S_ISREG(info.st_mode))
+    fail("%s: this is a %s; name a file", path.c_str(), S_ISDIR(info.st_mode) ? "folder" : "device or a pipe");
   if (info.st_size > INT_MAX) fail("%s: 2 GB or more, which no file for mp has; name another", path.c_str());
   Bytes bytes(size_t(info.st_size));
   errno = EIO;  // stays if the file got shorter meanwhile
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream.read(reinterpret_cast<char*>(bytes.data()), info.st_size)) {
+  if (!std::ifstream(path, std::ios::binary).read(reinterpret_cast<char*>(bytes.data()), info.st_size))
     fail("%s: cannot be read: %s; check its permissions", path.c_str(), strerror(errno));
-  }
   return bytes;
 }
-
 // parse(bytes of the file); it fails without the file's name, which is put before its message, and the advice after.
 template <class F> static auto parse_file(const std::string& path, const char* advice, F parse) {
   const Bytes bytes = read_file(path);
@@ -1175,6 +1171,14 @@ template <class F> static auto parse_file(const std::string& path, const char* a
   }
 }
 
+static void check_can_save(const std::string& path) {  // also before training, rather than after an hour of it
+  struct stat info;
+  if (stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode))
+    fail("%s: this is a folder, a device or a pipe; name a file to save to", path.c_str());
+  const auto folder = std::filesystem::path(path).parent_path() / ".";
+  if (access(folder.c_str(), W_OK | X_OK) != 0 || (access(path.c_str(), W_OK) != 0 && errno != ENOENT))
+    fail("%s: cannot be saved: %s; make its folder first, or save elsewhere", path.c_str(), strerror(errno));
+}
 // All who write to one path take turns under one temporary name. The lock dies with its owner, and what a killed one left
 // behind is written over.
 static FILE* open_temporary(const std::string& path) {
@@ -1191,49 +1195,41 @@ static FILE* open_temporary(const std::string& path) {
 // Whoever reads the path sees the old file or the new one, never half of it; after a power cut too, for the bytes reach
 // the disk before the name does.
 void write_file(const std::string& path, const std::string& bytes) {
-  struct stat info;
-  const bool old = stat(path.c_str(), &info) == 0;
-  if (old && !S_ISREG(info.st_mode)) fail("%s: this is a folder, a device or a pipe; name a file", path.c_str());
-  if (old && access(path.c_str(), W_OK) != 0) fail("%s: %s; name another file", path.c_str(), strerror(errno));
+  check_can_save(path);
+  const bool old = std::filesystem::exists(path);
   const auto target = old ? std::filesystem::canonical(path) : std::filesystem::path(path);  // where a link leads
   const std::string temporary = target.string() + ".unfinished";
   signal(SIGXFSZ, SIG_IGN);  // so that a limit on file sizes is an error, as a full disk is
   FILE* const file = open_temporary(temporary);
   const bool written = file && fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size() && fflush(file) == 0 &&
-                       fsync(fileno(file)) == 0;
-  const int reason = written && rename(temporary.c_str(), target.c_str()) == 0 ? 0 : errno;
-  if (file && reason != 0) unlink(temporary.c_str());
+                       fsync(fileno(file)) == 0 && rename(temporary.c_str(), target.c_str()) == 0;
+  const int reason = errno;
+  if (file && !written) unlink(temporary.c_str());
   if (file) fclose(file);
-  if (reason != 0) {
-    fail("%s: not written: %s; %s%s", path.c_str(), strerror(reason),
-         reason == ENOENT ? "make its folder first" : "make room or save elsewhere",
+  if (!written)
+    fail("%s: not written: %s; make room or save elsewhere%s", path.c_str(), strerror(reason),
          old ? ", the old file is kept" : "");
-  }
-  const int folder = open(target.has_parent_path() ? target.parent_path().c_str() : ".", O_RDONLY);
+  const int folder = open((target.parent_path() / ".").c_str(), O_RDONLY);
   fsync(folder);  // the new name
   close(folder);
 }
 
 static uint32_t big_endian(const uint8_t* b) { return uint32_t(b[0]) << 24 | b[1] << 16 | b[2] << 8 | b[3]; }
-template <class T>
-static T little_endian(const uint8_t* b) {  // little-endian, as all of CUDA's machines are; from any address
+template <class T> static T little_endian(const uint8_t* b) {  // as all of CUDA's machines are; from any address
   T value;
   memcpy(&value, b, sizeof value);
   return value;
 }
-
 static uint32_t crc32(const uint8_t* bytes, size_t count) {  // PNG's and gzip's: 0xedb88320, lowest bit first
   static uint32_t table[256];
   for (uint32_t i = 0; i < 256 && table[255] == 0; i++) {
-    uint32_t rest = i;
-    for (int bit = 0; bit < 8; bit++) rest = rest >> 1 ^ (rest & 1) * 0xedb88320;
-    table[i] = rest;
+    table[i] = i;
+    for (int bit = 0; bit < 8; bit++) table[i] = table[i] >> 1 ^ (table[i] & 1) * 0xedb88320;
   }
   uint32_t crc = ~0u;
   for (size_t i = 0; i < count; i++) crc = crc >> 8 ^ table[(crc ^ bytes[i]) & 255];
   return ~crc;
 }
-
 constexpr size_t kDeflateRatio = 1032;  // deflate, in gzip and PNG, packs at most 258 bytes into two bits
 
 // stb_image believes the lengths of a PNG's chunks and skips their checksums, so this comes first.
@@ -1249,18 +1245,16 @@ static void check_png(const Bytes& file) {
     at += length + 12;
   } while (memcmp(&file[at - length - 8], "IEND", 4) != 0);
 }
-
 // stb_image writes a JPEG's Huffman table before it counts the codes, which are at most 256, and follows segments to
 // wherever they lead. Whatever it may take for a marker is one here.
 static void check_jpeg(const Bytes& file) {
-  for (size_t at = 2; at + 1 < file.size();) {
+  for (size_t at = 2, end; at + 1 < file.size(); at = end) {
     const int marker = file[at] == 0xff ? file[at + 1] : 0;
-    if (marker == 0xd9) return;                                      // the end
-    if (marker == 0 || marker == 0xff || (marker & 0xf8) == 0xd0) {  // of no segment: pixels, filling or a restart
-      at++;
-      continue;
-    }
-    const size_t length = file.size() - at < 4 ? 0 : size_t(file[at + 2] << 8 | file[at + 3]), end = at + 2 + length;
+    end = at + 1;
+    if (marker == 0xd9) return;                                              // the end
+    if (marker == 0 || marker == 0xff || (marker & 0xf8) == 0xd0) continue;  // pixels, filling, a restart: no segment
+    const size_t length = file.size() - at < 4 ? 0 : size_t(file[at + 2] << 8 | file[at + 3]);
+    end = at + 2 + length;
     if (length < 2 || end > file.size()) fail("the file ends within the segment at byte %zu", at);
     for (size_t table = at + 4; marker == 0xc4 && table < end;) {
       size_t codes = 0;
@@ -1268,7 +1262,6 @@ static void check_jpeg(const Bytes& file) {
       if (codes > 256 || table + 17 + codes > end) fail("damaged: the Huffman table at byte %zu", table);
       table += 17 + codes;
     }
-    at = end;
   }
 }
 
@@ -1300,6 +1293,12 @@ static Images parse_sheet(const Bytes& file) {
   return images;
 }
 
+// `784,128,10`
+template <class T> static std::string joined(const std::vector<T>& items, const char* between) {
+  std::ostringstream text;
+  for (const T& item : items) text << (&item == items.data() ? "" : between) << item;
+  return text.str();
+}
 static Bytes gunzip(const Bytes& file) {  // RFC 1952: ten bytes, optional fields, deflate, CRC-32, length
   if (file.size() < 18 || file[2] != 8 || file[3] >> 5 != 0) fail("damaged: no gzip header");
   const size_t end = file.size() - 8, length = little_endian<uint32_t>(&file[end + 4]);
@@ -1312,13 +1311,13 @@ static Bytes gunzip(const Bytes& file) {  // RFC 1952: ten bytes, optional field
   at += flags & 2;
   const size_t most = at < end ? std::min<size_t>((end - at) * kDeflateRatio, 1 << 30) : 0;
   if (length == 0 || length > most) fail("damaged or cut short: %zu bytes cannot be in it", length);
-  Bytes bytes(length);  // the trailer is handed over too, for stb_image reads a little ahead
-  const int inflated =
-      stbi_zlib_decode_noheader_buffer(reinterpret_cast<char*>(bytes.data()), int(length),
-                                       reinterpret_cast<const char*>(&file[at]), int(file.size() - at));
-  if (inflated != int(length) || crc32(bytes.data(), length) != little_endian<uint32_t>(&file[end])) {
+  Bytes bytes(length);
+  char* const to = reinterpret_cast<char*>(bytes.data());
+  const char* const from =
+      reinterpret_cast<const char*>(&file[at]);  // with the trailer: stb_image reads a little ahead
+  if (stbi_zlib_decode_noheader_buffer(to, int(length), from, int(file.size() - at)) != int(length) ||
+      crc32(bytes.data(), length) != little_endian<uint32_t>(&file[end]))
     fail("damaged or cut short: wrong gzip checksum or length");
-  }
   return bytes;
 }
 
@@ -1330,19 +1329,17 @@ static Bytes parse_idx(const Bytes& file, std::vector<uint32_t>& dimension) {
   const char* const kind = dimension.size() == 1 ? "labels" : "images";
   if (bytes.size() < header || big_endian(bytes.data()) != magic) fail("no idx file of %s (number %zu)", kind, magic);
   const size_t there = bytes.size() - header;
-  size_t promised = 1;
-  std::string product;
+  double promised = 1;  // exact up to 2^53, and no file is larger
   for (size_t i = 0; i < dimension.size(); i++) {
     dimension[i] = big_endian(&bytes[4 + 4 * i]);
-    product += (i ? " x " : "") + std::to_string(dimension[i]);
-    if (promised <= there) promised *= dimension[i];  // below 2^31 times 2^32
+    promised *= dimension[i];
   }
   if (there == 0) fail("no %s in it", kind);
-  if (promised != there) fail("the header promises %s bytes, %zu follow", product.c_str(), there);
+  if (promised != double(there))
+    fail("the header promises %s bytes, %zu follow", joined(dimension, " x ").c_str(), there);
   bytes.erase(bytes.begin(), bytes.begin() + long(header));
   return bytes;
 }
-
 static Images read_mnist(const std::string& images_path, const std::string& labels_path) {
   const char* const advice = "get it again (`make mnist`)";
   Images images;
@@ -1353,9 +1350,8 @@ static Images read_mnist(const std::string& images_path, const std::string& labe
   images.label = parse_file(labels_path, advice, [&](const Bytes& file) {
     const Bytes label = parse_idx(file, labels);
     if (labels[0] != size[0]) fail("%u labels for the %u images of %s", labels[0], size[0], images_path.c_str());
-    for (size_t i = 0; i < label.size(); i++) {
+    for (size_t i = 0; i < label.size(); i++)
       if (label[i] >= images.classes) fail("label %zu is %d, not 0 to %d", i, label[i], images.classes - 1);
-    }
     return label;
   });
   return images;
@@ -1365,23 +1361,20 @@ Dataset load_dataset(const std::string& folder) {
   const char* const advice = "`make digits` draws sheets into data/, `make mnist` downloads MNIST into build/mnist";
   const char* const sheet = "a sheet is an 8-bit grey PNG of square tiles, 100 in a row (`make digits` draws one)";
   std::vector<std::string> names = {"train.png", "test.png"};
-  for (const std::string set : {"train-", "t10k-"}) {
+  for (const std::string set : {"train-", "t10k-"})
     for (const char* content : {"images-idx3-ubyte", "labels-idx1-ubyte"}) names.push_back(set + content);
-  }
   std::string path[6];  // empty where a file is missing
   std::error_code none;
   if (!std::filesystem::is_directory(folder, none)) fail("%s: there is no such folder; %s", folder.c_str(), advice);
-  for (int i = 0; i < 6; i++) {
+  for (int i = 0; i < 6; i++)
     for (const char* ending : {".gz", ""}) {
       const auto candidate = std::filesystem::path(folder) / (names[i] + ending);
       if (std::filesystem::exists(candidate, none)) path[i] = candidate.string();
     }
-  }
   const bool sheets = !(path[0] + path[1]).empty(), mnist = !(path[2] + path[3] + path[4] + path[5]).empty();
   if (!sheets && !mnist) fail("%s: holds neither sheets of digits nor MNIST's files; %s", folder.c_str(), advice);
-  for (int i = sheets ? 0 : 2; i < (sheets ? 2 : 6); i++) {
+  for (int i = sheets ? 0 : 2; i < (sheets ? 2 : 6); i++)
     if (path[i].empty()) fail("%s: %s is missing; %s", folder.c_str(), names[i].c_str(), advice);
-  }
   Dataset data;
   data.train = sheets ? parse_file(path[0], sheet, parse_sheet) : read_mnist(path[2], path[3]);
   data.test = sheets ? parse_file(path[1], sheet, parse_sheet) : read_mnist(path[4], path[5]);
@@ -1395,32 +1388,31 @@ Dataset load_dataset(const std::string& folder) {
 // ==== 5.2 Checkpoints: safetensors, which PyTorch's users exchange ===================================================
 // Eight bytes, the length of the header; the header, JSON; the numbers. Little-endian, as all of CUDA's machines are.
 // {"__metadata__": {"epoch": "3"}, "0.weight": {"dtype": "F32", "shape": [128, 784], "data_offsets": [0, 401408]}}
-
 struct HeaderReader {  // of the JSON that can stand there: objects, strings, lists of whole numbers
   const char *at, *end;
-
-  [[noreturn]] void refuse(const char* what) const { fail("%s, %td bytes before the header's end", what, end - at); }
+  [[noreturn]] void refuse(const std::string& what) const {
+    fail("%.70s, %td bytes before the header's end", what.c_str(), end - at);
+  }
   char next() {  // the next character that is not white space; 0 at the end
     while (at < end && (*at == ' ' || *at == '\t' || *at == '\r' || *at == '\n')) at++;
     return at < end ? *at : '\0';
   }
   bool accept(char wanted) { return next() == wanted && ++at; }
   void expect(char wanted) {
-    if (!accept(wanted)) refuse((std::string("no ") + wanted).c_str());
+    if (!accept(wanted)) refuse(std::string("no ") + wanted);
   }
   char take() {  // a character of a string
     if (at == end || uint8_t(*at) < ' ') refuse("an unfinished string");
     return *at++;
   }
-  void escape(std::string& text) {  // appends what the character after a backslash means
-    const size_t simple = std::string_view("\"\\/bfnrt").find(take());
-    if (simple == std::string_view::npos) refuse("an unknown escape");  // \u: no writer of tensors needs it
-    text.push_back("\"\\/\b\f\n\r\t"[simple]);
-  }
   std::string string() {
     std::string text;
     expect('"');
-    for (char c = take(); c != '"'; c = take()) c == '\\' ? escape(text) : text.push_back(c);
+    for (char c = take(); c != '"'; c = take()) {
+      const size_t escape = c == '\\' ? std::string_view("\"\\/bfnrt").find(take()) : 0;
+      if (escape == std::string_view::npos) refuse("an unknown escape");  // \u: no writer of tensors needs it
+      text += c == '\\' ? "\"\\/\b\f\n\r\t"[escape] : c;
+    }
     return text;
   }
   template <class F> void list(char open, char close, F item) {
@@ -1434,20 +1426,18 @@ struct HeaderReader {  // of the JSON that can stand there: objects, strings, li
     std::vector<int64_t> values;
     list('[', ']', [&] {
       const char first = next();
-      int64_t value = 0;
-      const auto [stop, error] = std::from_chars(at, end, value);
+      const auto [stop, error] = std::from_chars(at, end, values.emplace_back());
       if (error != std::errc() || first == '-' || (first == '0' && stop > at + 1)) refuse("no whole number");
       at = stop;
-      values.push_back(value);
     });
     return values;
   }
-  template <class F>
-  size_t object(F member) {  // calls member(key) before each value, for it to read; returns how many there were
+  // Calls member(key) before each value, for it to read; returns how many there were
+  template <class F> size_t object(F member) {
     std::set<std::string> keys;
     list('{', '}', [&] {
       const auto [key, fresh] = keys.insert(string());
-      if (!fresh) refuse(("a second " + key->substr(0, 60)).c_str());
+      if (!fresh) refuse("a second " + *key);
       expect(':');
       member(*key);
     });
@@ -1469,9 +1459,10 @@ static SafeTensors parse_safetensors(const Bytes& file) {
     std::string type;
     std::vector<int64_t> shape, offsets;
     const size_t members = header.object([&](const std::string& key) {
-      if (key == "dtype") return void(type = header.string());
-      if (key != "shape" && key != "data_offsets") header.refuse(("unknown " + key.substr(0, 60)).c_str());
-      (key == "shape" ? shape : offsets) = header.numbers();
+      if (key == "dtype") type = header.string();
+      else if (key == "shape") shape = header.numbers();
+      else if (key == "data_offsets") offsets = header.numbers();
+      else header.refuse("unknown " + key);
     });
     if (members != 3 || offsets.size() != 2) header.refuse("a tensor without dtype, shape or data_offsets");
     entries.insert({offsets, {type, {name, shape, {}}}});
@@ -1481,15 +1472,14 @@ static SafeTensors parse_safetensors(const Bytes& file) {
   for (auto& [offsets, entry] : entries) {
     auto& [type, tensor] = entry;
     const size_t width = type == "F64" ? 8 : type == "F32" ? 4 : type == "F16" || type == "BF16" ? 2 : 0;
-    const size_t begin = size_t(offsets[0]), end = size_t(offsets[1]), most = SIZE_MAX / 8;
+    const size_t begin = size_t(offsets[0]), end = size_t(offsets[1]);
     const char* const name = tensor.name.c_str();
     if (width == 0) fail("tensor \"%.60s\" is %.20s, not F32, F16, BF16 or F64", name, type.c_str());
-    size_t count = 1;
-    for (const int64_t n : tensor.shape) count = n && count > most / size_t(n) ? most : count * size_t(n);
-    if (begin != done || end < begin || end > size || count * width != end - begin) {
+    auto bytes = double(width);  // exact up to 2^53, and no file is larger
+    for (const int64_t n : tensor.shape) bytes *= double(n);
+    if (begin != done || end < begin || end > size || bytes != double(end - begin))
       fail("tensor \"%.60s\" does not fit: its type, shape, data_offsets %zu to %zu, the file", name, begin, end);
-    }
-    for (tensor.value.reserve(count); done < end; done += width) {
+    for (tensor.value.reserve((end - begin) / width); done < end; done += width) {
       const uint8_t* from = numbers + done;
       tensor.value.push_back(type == "F32"   ? little_endian<float>(from)
                              : type == "F64" ? float(little_endian<double>(from))
@@ -1501,37 +1491,28 @@ static SafeTensors parse_safetensors(const Bytes& file) {
   if (done != size) fail("%zu bytes behind the last tensor", size - done);
   return result;
 }
-
 SafeTensors read_safetensors(const std::string& path) {
   return parse_file(path, "save it again, with safetensors.torch.save_file or mp train", parse_safetensors);
 }
 
-static std::string quoted(const std::string& text) {
-  std::string json = "\"";
-  for (const char c : text) {
-    char code[8];
-    snprintf(code, sizeof code, c == '"' || c == '\\' ? "\\%c" : "%c", c);
-    json += code;
-  }
-  return json + "\"";
-}
-
 void write_safetensors(const std::string& path, const SafeTensors& file) {
-  std::string header, data;
-  const auto join = [](std::string list, const std::string& item) { return list.empty() ? item : list + "," + item; };
-  for (const auto& [key, value] : file.metadata) header = join(header, quoted(key) + ":" + quoted(value));
-  header = "{\"__metadata__\":{" + header + "}";
+  std::ostringstream header;
+  std::string data;
+  header << "{\"__metadata__\":{";
+  for (const auto& [key, value] : file.metadata)
+    header << (key == file.metadata.begin()->first ? "" : ",") << std::quoted(key) << ":" << std::quoted(value);
+  header << "}";
   for (const SavedTensor& tensor : file.tensors) {
-    std::string shape, begin = std::to_string(data.size());
-    for (const int64_t n : tensor.shape) shape = join(shape, std::to_string(n));
+    header << "," << std::quoted(tensor.name) << R"(:{"dtype":"F32","shape":[)" << joined(tensor.shape, ",")
+           << R"(],"data_offsets":[)" << data.size();
     data.append(reinterpret_cast<const char*>(tensor.value.data()), tensor.value.size() * sizeof(float));
-    header += "," + quoted(tensor.name) + ":{\"dtype\":\"F32\",\"shape\":[" + shape + "],\"data_offsets\":[" + begin +
-              "," + std::to_string(data.size()) + "]}";
+    header << "," << data.size() << "]}";
   }
-  header += "}";
-  header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the numbers start at a multiple of their size
-  const uint64_t length = header.size();
-  write_file(path, std::string(reinterpret_cast<const char*>(&length), 8) + header + data);
+  header << "}";
+  std::string text = header.str();
+  text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the numbers start at a multiple of their size
+  const uint64_t length = text.size();
+  write_file(path, std::string(reinterpret_cast<const char*>(&length), 8) + text + data);
 }
 
 // ==== 5.2 Options: one table, which the command line, --help and --resume read =======================================
@@ -1553,6 +1534,7 @@ struct Options {
   std::vector<std::string> given, files;   // options that stood on the command line; words that are none
   bool has(const char* name) const { return std::find(given.begin(), given.end(), name) != given.end(); }
   bool dynamic() const { return loss_scale < 0 ? precision == Type::fp16 : loss_scale == 0; }
+  float fixed_scale() const { return loss_scale < 0 ? 1 : loss_scale; }  // where it is not dynamic
 };
 static const std::vector<std::string> type_names = {"fp32", "fp16", "bf16", "auto"}, loss_names = {"xent", "mse"},
                                       update_names = {"master", "half", "kahan", "stochastic"},
@@ -1567,95 +1549,89 @@ static std::string text_of(double x) {
   }
   return text;
 }
-static std::string joined(const std::vector<int>& numbers, const char* between) {
-  std::string text;
-  for (int n : numbers) text += (text.empty() ? "" : between) + std::to_string(n);
-  return text;
-}
-static double number(const std::string& text, double least, double most) {
+template <class T> static T number(const std::string& text, double least, double most) {
   char* end = nullptr;
   const double x = std::strtod(text.c_str(), &end);
   if (text.empty() || *end || std::isspace(text[0])) misuse("is no number");
   if (!(x >= least && x <= most)) misuse("must be from " + text_of(least) + " to " + text_of(most));
-  return x;
+  if (std::is_integral_v<T> && x != std::floor(x)) misuse("must be a whole number");
+  return T(x);
 }
-static int64_t whole(const std::string& text, double least, double most) {
-  const double x = number(text, least, most);
-  if (x != std::floor(x)) misuse("must be a whole number");
-  return int64_t(x);
+static std::vector<int> numbers(const std::string& text, double least, double most) {  // 784,128,10
+  std::vector<int> values;
+  std::istringstream words(text + ",");  // so that nothing before the end is a word, too
+  for (std::string word; std::getline(words, word, ',');) values.push_back(number<int>(word, least, most));
+  return values;
 }
 static int choice(const std::string& text, const std::vector<std::string>& names) {
-  const size_t i = std::find(names.begin(), names.end(), text) - names.begin();
-  std::string list;
-  for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
-  if (i == names.size()) misuse("must be one of " + list);
-  return int(i);
-}
-static std::vector<int> whole_numbers(const std::string& text, double least, double most) {  // 784,128,10
-  std::vector<int> numbers;
-  for (size_t from = 0, to; from <= text.size(); from = to + 1) {
-    to = std::min(text.find(',', from), text.size());
-    numbers.push_back(int(whole(text.substr(from, to - from), least, most)));
-  }
-  return numbers;
+  const auto found = std::find(names.begin(), names.end(), text);
+  if (found == names.end()) misuse("must be one of " + joined(names, ", "));
+  return int(found - names.begin());
 }
 
+using O = Options;
+using S = std::string;
 struct Option {
   const char *name, *values, *help;
   bool saved;  // in a checkpoint
-  void (*set)(Options&, const std::string&);
-  std::string (*get)(const Options&);
+  std::function<void(O&, const S&)> set;
+  std::function<S(const O&)> get;
 };
-using O = Options;
-using S = std::string;
+static Option option(const char* name, const char* values, const char* help, S O::*field) {
+  return {name, values, help, false, [=](O& o, const S& s) { o.*field = s; }, [=](const O& o) { return o.*field; }};
+}
+template <class T>
+static Option option(const char* name, const char* values, const char* help, T O::*field, double least, double most) {
+  const auto set = [=](O& o, const S& s) { o.*field = number<T>(s, least, most); };
+  const auto get = [=](const O& o) { return std::is_integral_v<T> ? std::to_string(o.*field) : text_of(o.*field); };
+  return {name, values, help, true, set, get};
+}
+template <class T>
+static Option option(const char* name, const char* values, const char* help, T O::*field, const std::vector<S>& all) {
+  const auto set = [=](O& o, const S& s) { o.*field = T(choice(s, all)); };
+  return {name, values, help, true, set, [=](const O& o) { return all[size_t(o.*field)]; }};
+}
 constexpr double least_rate = 1e-30, most_rate = 1e30;
-// clang-format off
 static const Option option_table[] = {
-  {"data", "DIR", "train.png and test.png, sheets of digits, or MNIST's four files", false,
-    [](O& o, const S& s) { o.data = s; }, [](const O& o) { return o.data; }},
-  {"layers", "N,N,...", "sizes: pixels, hidden layers, classes", true,
-    [](O& o, const S& s) { o.layers = whole_numbers(s, 1, 1e6); if (o.layers.size() < 2) misuse("needs at least an input and an output, such as 784,10"); },
-    [](const O& o) { return joined(o.layers, ","); }},
-  {"precision", "fp32|fp16|bf16|auto", "of all but masters, sums, loss, update; auto: by layer", true,
-    [](O& o, const S& s) { const int i = choice(s, type_names); o.automatic = i == 3; o.precision = i == 3 ? Type::fp16 : Type(i); },
-    [](const O& o) { return type_names[o.automatic ? 3 : int(o.precision)]; }},
-  {"vanish-limit", "N", "auto: most gradients, in per cent, that fp16 may blur or flush", true,
-    [](O& o, const S& s) { o.vanish_limit = float(number(s, 0, 100)); }, [](const O& o) { return text_of(o.vanish_limit); }},
-  {"update", "master|half|kahan|stochastic", "how w - lr g is added up", true,
-    [](O& o, const S& s) { o.update = Update(choice(s, update_names)); }, [](const O& o) { return update_names[int(o.update)]; }},
-  {"loss-scale", "dynamic|N", "what multiplies the loss gradient (fp32 and bf16: 1)", true,
-    [](O& o, const S& s) { o.loss_scale = s == "dynamic" ? 0 : float(number(s, least_rate, 3e38)); },
-    [](const O& o) { return o.dynamic() ? S("dynamic") : text_of(o.loss_scale < 0 ? 1 : o.loss_scale); }},
-  {"scale-init", "N", "the dynamic scale's first value", true,
-    [](O& o, const S& s) { o.scale_init = float(number(s, least_rate, 3e38)); }, [](const O& o) { return text_of(o.scale_init); }},
-  {"growth-interval", "N", "finite steps until it doubles", true,
-    [](O& o, const S& s) { o.growth_interval = int(whole(s, 1, 2e9)); }, [](const O& o) { return std::to_string(o.growth_interval); }},
-  {"loss", "xent|mse", "softmax cross-entropy, or E1 on one-hot targets", true,
-    [](O& o, const S& s) { o.loss = Loss(choice(s, loss_names)); }, [](const O& o) { return loss_names[int(o.loss)]; }},
-  {"epochs", "N", "counted from the very beginning, also after --resume", true,
-    [](O& o, const S& s) { o.epochs = int(whole(s, 1, 1e6)); }, [](const O& o) { return std::to_string(o.epochs); }},
-  {"batch", "N", "images a step", true,
-    [](O& o, const S& s) { o.batch = int(whole(s, 1, 1e6)); }, [](const O& o) { return std::to_string(o.batch); }},
-  {"lr", "X", "learning rate of plain SGD", true,
-    [](O& o, const S& s) { o.lr = float(number(s, least_rate, most_rate)); }, [](const O& o) { return text_of(o.lr); }},
-  {"seed", "N", "of the first weights, the shuffling, stochastic rounding", true,
-    [](O& o, const S& s) { o.seed = uint64_t(whole(s, 0, 9e15)); }, [](const O& o) { return std::to_string(o.seed); }},
-  {"shuffle", "on|off", "off: images in the order of the file", true,
-    [](O& o, const S& s) { o.shuffle = choice(s, switch_names); }, [](const O& o) { return switch_names[o.shuffle]; }},
-  {"init", "FILE", "first weights from a safetensors file, PyTorch's for instance", false,
-    [](O& o, const S& s) { o.init = s; }, [](const O& o) { return o.init; }},
-  {"save", "FILE", "checkpoint after every epoch", false,
-    [](O& o, const S& s) { o.save = s; }, [](const O& o) { return o.save; }},
-  {"resume", "FILE", "go on from a checkpoint; other options override what it says", false,
-    [](O& o, const S& s) { o.resume = s; }, [](const O& o) { return o.resume; }},
-  {"log", "FILE.csv", "a row a step: step,epoch,loss,loss_scale,found_inf", false,
-    [](O& o, const S& s) { o.log = s; }, [](const O& o) { return o.log; }},
-  {"sweep", "scale|lr", "of compare: accuracy over the loss scale, or over the learning rate", false,
-    [](O& o, const S& s) { choice(s, {"scale", "lr"}), o.sweep = s; }, [](const O& o) { return o.sweep; }},
-  {"svg", "FILE.svg", "of histogram and compare --sweep: the picture", false,
-    [](O& o, const S& s) { o.svg = s; }, [](const O& o) { return o.svg; }},
+    option("data", "DIR", "train.png and test.png, sheets of digits, or MNIST's four files", &O::data),
+    {"layers", "N,N,...", "sizes: pixels, hidden layers, classes", true,
+     [](O& o, const S& s) {
+       o.layers = numbers(s, 1, 1e6);
+       if (o.layers.size() < 2) misuse("needs at least an input and an output, such as 784,10");
+     },
+     [](const O& o) { return joined(o.layers, ","); }},
+    {"precision", "fp32|fp16|bf16|auto", "of all but masters, sums, loss, update; auto: by layer", true,
+     [](O& o, const S& s) {
+       const int i = choice(s, type_names);
+       o.automatic = i == 3;
+       o.precision = o.automatic ? Type::fp16 : Type(i);
+     },
+     [](const O& o) { return type_names[o.automatic ? 3 : int(o.precision)]; }},
+    option("vanish-limit", "N", "auto: most gradients, in per cent, that fp16 may blur or flush", &O::vanish_limit, 0,
+           100),
+    option("update", "master|half|kahan|stochastic", "how w - lr g is added up", &O::update, update_names),
+    {"loss-scale", "dynamic|N", "what multiplies the loss gradient (fp32 and bf16: 1)", true,
+     [](O& o, const S& s) { o.loss_scale = s == "dynamic" ? 0 : number<float>(s, least_rate, 3e38); },
+     [](const O& o) { return o.dynamic() ? S("dynamic") : text_of(o.fixed_scale()); }},
+    option("scale-init", "N", "the dynamic scale's first value", &O::scale_init, least_rate, 3e38),
+    option("growth-interval", "N", "finite steps until it doubles", &O::growth_interval, 1, 2e9),
+    option("loss", "xent|mse", "softmax cross-entropy, or E1 on one-hot targets", &O::loss, loss_names),
+    option("epochs", "N", "counted from the very beginning, also after --resume", &O::epochs, 1, 1e6),
+    option("batch", "N", "images a step", &O::batch, 1, 1e6),
+    option("lr", "X", "learning rate of plain SGD", &O::lr, least_rate, most_rate),
+    option("seed", "N", "of the first weights, the shuffling, stochastic rounding", &O::seed, 0, 9e15),
+    option("shuffle", "on|off", "off: images in the order of the file", &O::shuffle, switch_names),
+    option("init", "FILE", "first weights from a safetensors file, PyTorch's for instance", &O::init),
+    option("save", "FILE", "checkpoint after every epoch", &O::save),
+    option("resume", "FILE", "go on from a checkpoint; other options override what it says", &O::resume),
+    option("log", "FILE.csv", "a row a step: step,epoch,loss,loss_scale,found_inf", &O::log),
+    {"sweep", "scale|lr", "of compare: accuracy over the loss scale, or over the learning rate", false,
+     [](O& o, const S& s) {
+       choice(s, {"scale", "lr"}), o.sweep = s;
+     },
+     [](const O& o) { return o.sweep; }},
+    option("svg", "FILE.svg", "of histogram and compare --sweep: the picture", &O::svg),
 };
-// clang-format on
 static const Option* find_option(const std::string& name) {
   for (const Option& option : option_table)
     if (name == option.name) return &option;
@@ -1669,13 +1645,13 @@ static void set_option(Options& o, const Option& option, const std::string& valu
   }
 }
 static void refuse_contradictions(const Options& o) {
+  const std::string update = "--update " + update_names[int(o.update)];
   if (o.precision == Type::fp32 && o.update != Update::master)
-    misuse("--update " + update_names[int(o.update)] +
-           " with --precision fp32: fp32 weights lose nothing that it could save");
+    misuse(update + " with --precision fp32: fp32 weights lose nothing that it could save");
   if (o.precision == Type::fp32 && o.dynamic())
     misuse("--loss-scale dynamic with --precision fp32: its gradients do not vanish, there is nothing to scale for");
   if (o.automatic && o.update != Update::master)
-    misuse("--update " + update_names[int(o.update)] + " with --precision auto: its layers move by their fp32 masters");
+    misuse(update + " with --precision auto: its layers move by their fp32 masters");
   if (!o.automatic && o.has("vanish-limit")) misuse("--vanish-limit is for --precision auto");
   if (!o.dynamic() && (o.has("scale-init") || o.has("growth-interval")))
     misuse("--scale-init and --growth-interval are for a dynamic scale: add --loss-scale dynamic");
@@ -1700,57 +1676,63 @@ static void save_checkpoint(const std::string& path, const Options& o, const Tra
   file.metadata["epoch"] = std::to_string(t.epoch), file.metadata["position"] = std::to_string(t.state.position);
   file.metadata["step"] = std::to_string(t.state.step), file.metadata["skipped"] = std::to_string(t.state.skipped);
   file.metadata["scale"] = text_of(t.state.scale), file.metadata["tracker"] = std::to_string(t.state.growth_tracker);
+  std::vector<int> clean;
   for (int l = 1; l <= t.net.L; l++) {
     const Layer& layer = t.net.layer[l];
     file.tensors.push_back({name_of(l, "weight"), {layer.W.rows, layer.W.cols}, to_host(kept_W(layer))});
     file.tensors.push_back({name_of(l, "bias"), {layer.W.rows}, to_host(kept_b(layer))});
     if (layer.compensation.memory)
       file.tensors.push_back({name_of(l, "compensation"), {layer.compensation.cols}, to_host(layer.compensation)});
+    clean.push_back(layer.clean_probes);
   }
-  std::vector<int> clean;
-  for (int l = 1; l <= t.net.L; l++) clean.push_back(t.net.layer[l].clean_probes);
   if (o.automatic) file.metadata["clean-probes"] = joined(clean, ",");
   write_safetensors(path, file);
 }
 
+static const SavedTensor* find_tensor(const SafeTensors& file, const std::string& name) {
+  for (const SavedTensor& tensor : file.tensors)
+    if (tensor.name == name) return &tensor;
+  return nullptr;
+}
 // The weights of a file that any program may have written: its matrices called *.weight, in the order of the numbers in
 // their names, each with the *.bias that belongs to it.
-static std::vector<std::pair<const SavedTensor*, const SavedTensor*>> linear_layers(const SafeTensors& file,
-                                                                                    const std::string& path) {
-  std::map<long, std::pair<const SavedTensor*, const SavedTensor*>> found;
+struct Linear {
+  const SavedTensor *weight, *bias;
+};
+static std::map<long, Linear> linear_layers(const SafeTensors& file) {
+  std::map<long, Linear> layers;
   for (const SavedTensor& weight : file.tensors) {
-    const size_t length = weight.name.size(), digit = weight.name.find_last_of("0123456789");
-    if (weight.shape.size() != 2 || length < 6 || weight.name.substr(length - 6) != "weight") continue;
-    const size_t before = digit == weight.name.npos ? digit : weight.name.find_last_not_of("0123456789", digit);
-    const long place = digit == weight.name.npos ? -1 : std::strtol(&weight.name[before + 1], nullptr, 10);
-    for (const SavedTensor& bias : file.tensors)
-      if (bias.name == weight.name.substr(0, length - 6) + "bias" && bias.shape == std::vector{weight.shape[0]})
-        found[place] = {&weight, &bias};
+    const std::string& name = weight.name;
+    const size_t stem = name.size() - std::min<size_t>(name.size(), 6);
+    if (weight.shape.size() != 2 || name.substr(stem) != "weight") continue;
+    const SavedTensor* const bias = find_tensor(file, name.substr(0, stem) + "bias");
+    if (!bias || bias->shape != std::vector{weight.shape[0]}) continue;
+    const size_t last = name.find_last_of("0123456789"), before = name.find_last_not_of("0123456789", last);
+    layers[last == name.npos ? -1 : std::strtol(&name[before + 1], nullptr, 10)] = {&weight, bias};
   }
-  std::vector<std::pair<const SavedTensor*, const SavedTensor*>> layers;
-  for (const auto& [place, layer] : found) {
-    if (!layers.empty() && layer.first->shape[1] != layers.back().first->shape[0])
-      fail("%s: %s takes %ld numbers, the layer before it gives %ld", path.c_str(), layer.first->name.c_str(),
-           long(layer.first->shape[1]), long(layers.back().first->shape[0]));
-    layers.push_back(layer);
-  }
-  if (layers.empty()) fail("%s: holds no layer: a matrix 0.weight and its 0.bias, as PyTorch names them", path.c_str());
   return layers;
 }
-static void take_layers(Options& o, const SafeTensors& file,
-                        const std::string& path) {  // from the file, agreeing with --layers
-  const auto layers = linear_layers(file, path);
-  std::vector<int> sizes = {int(layers[0].first->shape[1])};
-  for (const auto& layer : layers) sizes.push_back(int(layer.first->shape[0]));
-  if (o.has("layers") && sizes != o.layers)
-    fail("%s: holds layers %s, not --layers %s; leave the option away", path.c_str(), joined(sizes, ",").c_str(),
-         joined(o.layers, ",").c_str());
+// The sizes of the file's layers, which must fit one another, and --layers
+static void take_layers(Options& o, const SafeTensors& file, const std::string& path) {
+  std::vector<int> sizes;
+  for (const auto& [place, layer] : linear_layers(file)) {
+    const long out = layer.weight->shape[0], in = layer.weight->shape[1];
+    if (sizes.empty()) sizes.push_back(int(in));
+    if (sizes.back() != in)
+      fail("%s: %s takes %ld numbers, the layer before it gives %d", path.c_str(), layer.weight->name.c_str(), in,
+           sizes.back());
+    sizes.push_back(int(out));
+  }
+  if (sizes.empty()) fail("%s: holds no layer: a matrix 0.weight and its 0.bias, as PyTorch names them", path.c_str());
+  const std::string held = joined(sizes, ","), asked = joined(o.layers, ",");
+  if (o.has("layers") && held != asked)
+    fail("%s: holds layers %s, not --layers %s; leave the option away", path.c_str(), held.c_str(), asked.c_str());
   o.layers = sizes;
 }
-static void take_weights(Mlp& net, const SafeTensors& file, const std::string& path) {
-  const auto layers = linear_layers(file, path);
-  for (int l = 1; l <= net.L; l++)
-    set_parameters(net.layer[l], layers[l - 1].first->value, layers[l - 1].second->value);
+static void take_weights(Mlp& net, const SafeTensors& file) {
+  int l = 1;
+  for (const auto& [place, layer] : linear_layers(file))
+    set_parameters(net.layer[l++], layer.weight->value, layer.bias->value);
 }
 // Hands a word of the file's metadata to `use`, which may misuse(): the file is damaged then.
 template <class F>
@@ -1773,7 +1755,7 @@ static void set_types(Mlp& net) {
 static void take_types(Mlp& net, const SafeTensors& file, const std::string& path) {
   if (!file.metadata.count("clean-probes")) return;  // not saved by auto
   read_metadata(file, path, "clean-probes", [&](const std::string& text) {
-    const std::vector<int> clean = whole_numbers(text, 0, 2);
+    const std::vector<int> clean = numbers(text, 0, 2);
     if (int(clean.size()) != net.L) misuse("must have a number for each layer");
     for (int l = 1; l <= net.L; l++) net.layer[l].clean_probes = clean[l - 1];
   });
@@ -1781,10 +1763,11 @@ static void take_types(Mlp& net, const SafeTensors& file, const std::string& pat
 }
 // The options that a checkpoint remembers, but for those on the command line
 static void take_options(Options& o, const SafeTensors& file, const std::string& path) {
+  const auto precision = file.metadata.find("precision");
+  const bool new_precision =
+      o.has("precision") && precision != file.metadata.end() && precision->second != find_option("precision")->get(o);
   for (const Option& option : option_table) {
     if (!option.saved || o.has(option.name) || !file.metadata.count(option.name)) continue;
-    const bool new_precision = o.has("precision") && file.metadata.count("precision") &&
-                               file.metadata.at("precision") != type_names[o.automatic ? 3 : int(o.precision)];
     if (new_precision && !strcmp(option.name, "loss-scale")) continue;  // it has its own default
     read_metadata(file, path, option.name, [&](const std::string& value) { option.set(o, value); });
   }
@@ -1792,19 +1775,17 @@ static void take_options(Options& o, const SafeTensors& file, const std::string&
 
 // ==== 5.2 The training loop ==========================================================================================
 static volatile std::sig_atomic_t stop_signal = 0;
-static void on_signal(int number_) { stop_signal = number_; }
-
+static void on_signal(int number) { stop_signal = number; }
 static double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 static std::string describe(const Options& o) {
-  std::string text =
-      machine() + " · " + joined(o.layers, "-") + " · " + (o.automatic ? "auto: " : "") + type_names[int(o.precision)];
-  if (o.automatic) text += " or fp32 by layer";
+  std::string text = machine() + " · " + joined(o.layers, "-") + " · ";
+  text += o.automatic ? "auto: fp16 or fp32 by layer" : type_names[int(o.precision)];
   if (o.precision != Type::fp32)
     text += o.update == Update::master ? ", fp32 master" : ", no master, " + update_names[int(o.update)] + " update";
   if (o.dynamic()) return text + ", dynamic loss scale";
-  return text + (o.loss_scale > 0 && o.loss_scale != 1 ? ", loss scale " + text_of(o.loss_scale) : "");
+  return text + (o.fixed_scale() == 1 ? "" : ", loss scale " + text_of(o.loss_scale));
 }
 static double accuracy(Mlp& net, const Images& test) {  // per cent
   const std::vector<int> answer = predict(net, test.pixel);
@@ -1812,38 +1793,23 @@ static double accuracy(Mlp& net, const Images& test) {  // per cent
   for (size_t i = 0; i < answer.size(); i++) right += answer[i] == test.label[i];
   return 100.0 * double(right) / double(answer.size());
 }
-// Which image comes when: a permutation that depends on seed and epoch alone, so that a resumed run sees the same
-static std::vector<int> order_of_epoch(const Options& o, int epoch, int count) {
-  std::vector<int> order(count);
-  for (int i = 0; i < count; i++) order[i] = i;
-  const uint64_t seed = random_bits(o.seed, 1u << 20 | unsigned(epoch));
-  for (int i = count - 1; o.shuffle && i > 0; i--) std::swap(order[i], order[random_bits(seed, i) % unsigned(i + 1)]);
-  return order;
-}
-// The step that halted, once more by hand: where is the first number that is not finite?
-static std::string first_not_finite(Mlp& net, const Batch& batch, LossScaler& scaler) {
+// The step that halted has left its tensors as they were: where is the first number that is not finite?
+static std::string first_not_finite(const Mlp& net) {
   std::string found;
   const auto look = [&](const char* name, int l, const Tensor& t) {
     const std::vector<float> values = to_host(t);
     const auto bad = std::find_if(values.begin(), values.end(), [](float x) { return !std::isfinite(x); });
-    if (!found.empty() || bad == values.end()) return;
     const int at = int(bad - values.begin());
-    char text[200];
-    snprintf(text, sizeof text, "%s of layer %d is %g at row %d, column %d", name, l, *bad, at / t.cols, at % t.cols);
-    found = text;
+    if (found.empty() && bad != values.end())
+      found = format("%s of layer %d is %g at row %d, column %d", name, l, *bad, at / t.cols, at % t.cols);
   };
-  preprocess(net, batch, &scaler);
   for (int l = 1; l <= net.L; l++) {
-    forward(net, l);
     look("the weights W", l, net.layer[l].W), look("the bias b", l, net.layer[l].b);
     look("in the forward pass the activation a", l, net.layer[l].a);
   }
-  loss(net, scaler), output_delta(net, scaler);
-  look("in the backward pass delta", net.L, net.layer[net.L].delta);
   for (int l = net.L; l >= 1; l--) {
-    weight_gradient(net, l);
+    look("in the backward pass delta", l, net.layer[l].delta);
     look("in the backward pass the gradient dW", l, net.layer[l].dW), look("the gradient db", l, net.layer[l].db);
-    if (l > 1) backward(net, l), look("in the backward pass delta", l - 1, net.layer[l - 1].delta);
   }
   return found;
 }
@@ -1873,22 +1839,12 @@ struct Run {
   bool quiet = false;                                  // no row an epoch
   FILE* log = nullptr;
 };
-static void check_can_save(const std::string& path) {  // now, rather than after an hour of training
-  const std::string folder = std::filesystem::path(path).parent_path().string();
-  std::error_code none;
-  if (std::filesystem::exists(path, none) && !std::filesystem::is_regular_file(path, none))
-    fail("%s: this is a folder, a device or a pipe; name a file to save to", path.c_str());
-  if (access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0 ||
-      (access(path.c_str(), W_OK) != 0 && errno != ENOENT))
-    fail("%s: cannot be saved: %s; make its folder, or save elsewhere", path.c_str(), strerror(errno));
-}
 static void check_fit(const Options& o, const Images& images) {
-  if (o.layers.front() != images.pixels || o.layers.back() != images.classes) {
-    std::vector<int> fitting = o.layers;
-    fitting.front() = images.pixels, fitting.back() = images.classes;
+  std::vector<int> fitting = o.layers;
+  fitting.front() = images.pixels, fitting.back() = images.classes;
+  if (fitting != o.layers)
     fail("layers %s do not fit the data in %s: %d pixels an image, %d classes; use --layers %s",
          joined(o.layers, ",").c_str(), o.data.c_str(), images.pixels, images.classes, joined(fitting, ",").c_str());
-  }
   if (o.batch > images.count)
     fail("--batch %d: %s holds only %d images to train on", o.batch, o.data.c_str(), images.count);
 }
@@ -1896,32 +1852,31 @@ static void check_fit(const Options& o, const Images& images) {
 static void restore(Run& run, const SafeTensors& file) {
   const Options& o = run.o;
   StepState& state = run.t.state;
-  int64_t old_batch = 0, image = 0;
-  bool was_dynamic = false;
-  const auto count = [&](const char* name, auto& n) {
-    read_metadata(file, o.resume, name, [&](const std::string& s) { n = std::decay_t<decltype(n)>(whole(s, 0, 2e9)); });
+  const auto read = [&](const char* name, auto& n, double least, double most) {
+    read_metadata(file, o.resume, name, [&](auto& s) { n = number<std::decay_t<decltype(n)>>(s, least, most); });
   };
-  count("epoch", run.t.epoch), count("step", state.step), count("skipped", state.skipped);
-  count("batch", old_batch), count("position", image), image *= old_batch;
+  int64_t old_batch = 0, image = 0;
+  read("epoch", run.t.epoch, 0, 2e9), read("step", state.step, 0, 2e9), read("skipped", state.skipped, 0, 2e9);
+  read("batch", old_batch, 0, 2e9), read("position", image, 0, 2e9), image *= old_batch;
   state.position = int(std::min(image / o.batch, int64_t(run.steps)));
-  if (state.position >= run.steps && state.position > 0) run.t.epoch++, state.position = 0;
+  if (state.position == run.steps) run.t.epoch++, state.position = 0;
+  bool was_dynamic = false;
   read_metadata(file, o.resume, "loss-scale", [&](const std::string& s) { was_dynamic = s == "dynamic"; });
-  if (o.dynamic() && was_dynamic && !o.has("loss-scale") && !o.has("scale-init")) {
-    read_metadata(file, o.resume, "scale",
-                  [&](const std::string& s) { state.scale = float(number(s, least_rate, 3.4e38)); });
-    count("tracker", state.growth_tracker);
-  }
+  if (o.dynamic() && was_dynamic && !o.has("loss-scale") && !o.has("scale-init"))
+    read("scale", state.scale, least_rate, 3.4e38), read("tracker", state.growth_tracker, 0, 2e9);
   if (state.growth_tracker >= o.growth_interval) state.growth_tracker = 0;
-  for (int l = 1; l <= run.t.net.L; l++)
-    for (const SavedTensor& tensor : file.tensors)
-      if (tensor.name == name_of(l, "compensation") && run.t.net.layer[l].compensation.memory) {
-        if (tensor.value.size() != size_t(run.t.net.layer[l].compensation.cols))
-          fail("%s: %s has the wrong size; the file is damaged", o.resume.c_str(), tensor.name.c_str());
-        to_device(tensor.value, run.t.net.layer[l].compensation);
-      }
+  for (int l = 1; l <= run.t.net.L; l++) {
+    const Tensor& compensation = run.t.net.layer[l].compensation;
+    const SavedTensor* const saved = find_tensor(file, name_of(l, "compensation"));
+    if (!saved || !compensation.memory) continue;
+    if (saved->value.size() != size_t(compensation.cols))
+      fail("%s: %s has the wrong size; the file is damaged", o.resume.c_str(), saved->name.c_str());
+    to_device(saved->value, compensation);
+  }
 }
 static void prepare(Run& run) {
   Options& o = run.o;
+  Mlp& net = run.t.net;
   const std::string from = o.resume.empty() ? o.init : o.resume;
   SafeTensors file;
   if (!from.empty()) file = read_safetensors(from);
@@ -1934,16 +1889,16 @@ static void prepare(Run& run) {
   check_fit(o, images);
   run.steps = images.count / o.batch;
 
-  run.t.net = make_mlp(o.layers, o.batch, o.precision, o.update);
-  run.t.net.loss = o.loss, run.t.net.seed = o.seed;
-  if (from.empty()) initialise(run.t.net);
-  else take_weights(run.t.net, file, from);
-  if (o.automatic && !o.resume.empty()) take_types(run.t.net, file, from);
-  run.t.state.scale = o.dynamic() ? o.scale_init : o.loss_scale < 0 ? 1 : o.loss_scale;
+  net = make_mlp(o.layers, o.batch, o.precision, o.update);
+  net.loss = o.loss, net.seed = o.seed;
+  if (from.empty()) initialise(net);
+  else take_weights(net, file);
+  if (o.automatic && !o.resume.empty()) take_types(net, file, from);
+  run.t.state.scale = o.dynamic() ? o.scale_init : o.fixed_scale();
   if (!o.resume.empty()) restore(run, file);
   run.scaler = o.dynamic() ? LossScaler(65536, 2, 0.5f, o.growth_interval) : LossScaler(1, 1, 1, 1);
   run.scaler.history = device_array<StepRecord>(run.steps);
-  run.pixels = on_device(images.pixel), run.labels = on_device(images.label),
+  run.pixels = on_device(images.pixel), run.labels = on_device(images.label);
   run.order = device_array<int>(images.count);
   run.batch.pixels = run.pixels.get(), run.batch.labels = run.labels.get(), run.batch.order = run.order.get();
   run.batch.rows = o.batch;
@@ -1968,22 +1923,18 @@ static void fetch(Run& run) {
   }
   if (run.log && (fflush(run.log) != 0 || ferror(run.log)))
     fail("%s: cannot be written: %s", run.o.log.c_str(), strerror(errno));
-  if (!state.halted) return;
-  fail(
-      "step %u (epoch %d, batch %d) cannot be saved by a smaller loss scale than its %g: %s; use a smaller --lr, or "
-      "--precision "
-      "bf16 or fp32 (no checkpoint holds anything of this epoch)",
-      state.step, run.t.epoch + 1, state.position, state.scale,
-      first_not_finite(run.t.net, run.batch, run.scaler).c_str());
+  if (state.halted)
+    fail(
+        "step %u (epoch %d, batch %d) cannot be saved by a smaller loss scale than its %g: %s; use a smaller --lr, "
+        "or --precision bf16 or fp32 (no checkpoint holds anything of this epoch)",
+        state.step, run.t.epoch + 1, state.position, state.scale, first_not_finite(run.t.net).c_str());
 }
 static void show_progress(const Run& run, int done, double since) {
   static double shown = 0;
   if (!isatty(STDOUT_FILENO) || seconds() - shown < 0.1) return;
   shown = seconds();
-  const int filled = 40 * done / run.steps;
-  printf("\r%5d  [%.*s%.*s] %d of %d steps, %.0f s", run.t.epoch + 1, filled,
-         "########################################", 40 - filled, "........................................", done,
-         run.steps, seconds() - since);
+  const std::string line = std::string(40 * done / run.steps, '#') + std::string(40, '.');
+  printf("\r%5d  [%.40s] %d of %d steps, %.0f s", run.t.epoch + 1, line.c_str(), done, run.steps, shown - since);
   fflush(stdout);
 }
 // Once an epoch, before its first step: which layers must be in fp32, and why; which need not any more.
@@ -2006,17 +1957,21 @@ static void choose_types(Run& run) {
 }
 static std::string map_of(const Mlp& net) {  // `16 32   98.7%`: bits by layer, multiply-adds done in 16
   std::string map;
-  double in_16 = 0, all = 0;
+  double products[2] = {};  // in 16 bits, in 32
   for (int l = 1; l <= net.L; l++) {
     const Tensor& W = net.layer[l].W;
-    const double products = double(W.rows) * W.cols;
     map += W.type == Type::fp32 ? "32 " : "16 ";
-    all += products, in_16 += W.type == Type::fp32 ? 0 : products;
+    products[W.type == Type::fp32] += double(W.rows) * W.cols;
   }
-  return map + format("%9.1f%%", 100 * in_16 / all);
+  return map + format("%9.1f%%", 100 * products[0] / (products[0] + products[1]));
 }
-static void shuffle(Run& run) {  // the epoch's order, onto the device
-  const std::vector<int> order = order_of_epoch(run.o, run.t.epoch, run.data.train.count);
+// Which image comes when, onto the device: it depends on seed and epoch alone, so that a resumed run sees the same.
+static void shuffle(Run& run) {
+  std::vector<int> order(run.data.train.count);
+  for (int i = 0; i < int(order.size()); i++) order[i] = i;
+  const uint64_t seed = random_bits(run.o.seed, 1u << 20 | unsigned(run.t.epoch));
+  for (int i = int(order.size()) - 1; run.o.shuffle && i > 0; i--)
+    std::swap(order[i], order[random_bits(seed, i) % unsigned(i + 1)]);
   CHECK(cudaMemcpy(run.order.get(), order.data(), order.size() * sizeof(int), cudaMemcpyHostToDevice));
 }
 // An epoch, or what is left of it after --resume. The host does not wait for a GPU before its end.
@@ -2062,9 +2017,9 @@ static int train(const Options& options) {
   }
   if (run.log && fclose(run.log) != 0) fail("%s: cannot be written: %s", o.log.c_str(), strerror(errno));
   if (stop_signal && run.t.epoch < o.epochs) {
-    fprintf(
-        stderr, "mp: stopped after step %u%s\n", run.t.state.step,
-        o.save.empty() ? "; nothing is saved without --save" : ("; go on with: mp train --resume " + o.save).c_str());
+    const std::string next =
+        o.save.empty() ? "nothing is saved without --save" : "go on with: mp train --resume " + o.save;
+    fprintf(stderr, "mp: stopped after step %u; %s\n", run.t.state.step, next.c_str());
     return 128 + stop_signal;
   }
   if (!o.save.empty()) save_checkpoint(o.save, o, run.t);
@@ -2384,7 +2339,7 @@ static Mlp open_model(Options& o) {  // the first of o.files, with the options t
   if (file.metadata.count("precision") == 0) o.precision = Type::fp32;  // written by another program
   take_options(o, file, o.files[0]), take_layers(o, file, o.files[0]);
   Mlp net = make_mlp(o.layers, 64, o.precision, o.update);
-  take_weights(net, file, o.files[0]);
+  take_weights(net, file);
   if (o.automatic) take_types(net, file, o.files[0]);
   return net;
 }
