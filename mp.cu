@@ -2569,23 +2569,21 @@ struct Picture {
   int width, height;
   std::vector<float> value;  // [height, width]
 };
-// The mean over squares of `step` pixels, the first with its corner at (left, top). Outside, pixel(x, y) counts as 0.
-template <class F> static Picture resample(int from_width, int from_height, F pixel, double left, double top,
-                                           double step, int width, int height) {
+// [height, width] means over squares of `step` pixels, the first with its corner at (left, top). Outside are zeros.
+static Picture resample(const Picture& from, double left, double top, double step, int width, int height) {
   Picture to{width, height, {}};
-  const auto overlap = [&](int i, double from) { return std::min(i + 1., from + step) - std::max(double(i), from); };
+  const auto overlap = [&](int i, double begin) { return std::min(i + 1., begin + step) - std::max(double(i), begin); };
   for (double y = top; int(to.value.size()) < width * height; y += step)
     for (int n = 0; n < width; n++) {
       const double x = left + n * step;
       double sum = 0;
-      for (int j = std::max(0, int(std::floor(y))); j < from_height && j < y + step; j++)
-        for (int i = std::max(0, int(std::floor(x))); i < from_width && i < x + step; i++)
-          sum += pixel(i, j) * overlap(i, x) * overlap(j, y);
+      for (int j = std::max(0, int(std::floor(y))); j < from.height && j < y + step; j++)
+        for (int i = std::max(0, int(std::floor(x))); i < from.width && i < x + step; i++)
+          sum += from.value[size_t(j) * size_t(from.width) + size_t(i)] * overlap(i, x) * overlap(j, y);
       to.value.push_back(float(sum / (step * step)));
     }
   return to;
 }
-
 // A PNG or JPEG in grey, 0 to 255, its longer side at most 400 pixels. What is transparent shows a paper that its ink
 // stands out from.
 static Picture parse_picture(const Bytes& file) {
@@ -2608,14 +2606,11 @@ static Picture parse_picture(const Bytes& file) {
   for (size_t i = 0; i < pixels; i++) opaque += pixel[2 * i + 1], light += pixel[2 * i] * pixel[2 * i + 1];
   light /= opaque;  // the mean of what can be seen, which is ink if it is less than half
   const double behind = opaque > 127.5 * double(pixels) ? light : light < 127.5 ? 255 : 0;
+  Picture grey{width, height, std::vector<float>(pixels)};
+  for (size_t i = 0; i < pixels; i++) grey.value[i] = float(behind + (pixel[2 * i] - behind) * pixel[2 * i + 1] / 255);
   const double step = std::max(1.0, std::max(width, height) / 400.0);
-  const auto grey = [&](int x, int y) {
-    const uint8_t* const p = pixel + 2 * (size_t(y) * size_t(width) + size_t(x));
-    return behind + (p[0] - behind) * p[1] / 255;
-  };
-  return resample(width, height, grey, 0, 0, step, std::max(1, int(width / step)), std::max(1, int(height / step)));
+  return resample(grey, 0, 0, step, std::max(1, int(width / step)), std::max(1, int(height / step)));
 }
-
 // Takes away the paper in its uneven light: the quadratic surface that most pixels lie near. Least absolute deviations,
 // by least squares in which a pixel counts the less the farther it lay off the time before.
 static void subtract_paper(Picture& p) {
@@ -2634,7 +2629,6 @@ static void subtract_paper(Picture& p) {
       for (size_t i = 0; i < p.value.size(); i++) p.value[i] -= float(sum / squares * f(i));
     }
 }
-
 // Leaves 0 where there is paper, 1 where there is ink, between them at its edges.
 static void find_ink(Picture& p) {
   subtract_paper(p);
@@ -2649,7 +2643,6 @@ static void find_ink(Picture& p) {
   if (!(ink > 12 && ink > 10 * paper)) fail("blank: nothing stands out from its background");
   for (float& x : p.value) x = float(std::clamp((x - threshold / 2) / (ink - threshold / 2), 0., 1.));
 }
-
 // [side, side] as in MNIST: white on black, fitted into 20/28 of the side, the centre of mass in the middle
 static Bytes as_mnist(Picture p, int side) {
   find_ink(p);
@@ -2662,26 +2655,26 @@ static Bytes as_mnist(Picture p, int side) {
     left = std::min(left, x), right = std::max(right, x + 1), top = std::min(top, y), bottom = std::max(bottom, y + 1);
   }
   const double step = std::max(right - left, bottom - top) * 28. / (20 * side), middle = side * step / 2;
-  const auto ink = [&](int x, int y) { return double(p.value[y * p.width + x]); };
-  p = resample(p.width, p.height, ink, x_sum / mass - middle, y_sum / mass - middle, step, side, side);
+  p = resample(p, x_sum / mass - middle, y_sum / mass - middle, step, side, side);
   const float most = *std::max_element(p.value.begin(), p.value.end());
   Bytes bytes;
   for (const float x : p.value) bytes.push_back(uint8_t(std::lround(255 * x / most)));
   return bytes;
 }
-
 static void show(const Bytes& pixels, int side, std::vector<float> z) {  // what the network saw, and softmax of z
-  const float most = *std::max_element(z.begin(), z.end());
+  const auto best = std::max_element(z.begin(), z.end());
+  const float most = *best;
   float sum = 0;
   for (float& x : z) sum += x = std::exp(x - most);
-  printf("%ld (%.1f%%)\n", long(std::max_element(z.begin(), z.end()) - z.begin()), 100 / sum);
+  printf("%td (%.1f%%)\n", best - z.begin(), 100 / sum);
   for (int line = 0; line < std::max((side + 1) / 2, 10); line++) {  // two rows of pixels
     printf("  ");
     for (int x = 0; x < side; x++) {
       const auto at = [&](int y) { return y < side ? pixels[y * side + x] : 0; };
+      const int upper = at(2 * line), lower = at(2 * line + 1);
       static const char* const block[] = {" ", "▀", "▄", "█"};
-      if (utf8()) printf("%s", block[(at(2 * line) > 127) + 2 * (at(2 * line + 1) > 127)]);
-      else putchar(" .:-=+*#%@"[(at(2 * line) + at(2 * line + 1)) * 10 / 511]);
+      if (utf8()) printf("%s", block[(upper > 127) + 2 * (lower > 127)]);
+      else putchar(" .:-=+*#%@"[(upper + lower) * 10 / 511]);
     }
     if (line < 10) printf("  %d %5.1f%% %s", line, 100 * z[line] / sum, bar(z[line] / sum, 20).c_str());
     printf("\n");
@@ -2701,7 +2694,6 @@ static int answer(Options o) {
       printf("%s: ", o.files[n].c_str());
       show(pixels, side, logits(net, pixels));
     } catch (const Error& error) {
-      fflush(stdout);
       fprintf(stderr, "mp: %s\n", error.what());
       status = 1;
     }
