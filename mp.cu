@@ -2390,44 +2390,45 @@ static int test(Options o) {
 }
 
 // ==== How fast: the ladder and the training step =====================================================================
-struct Seconds {  // of one call; several runs
+struct Seconds {
   double least, median, most;
 };
-// A run is `calls` calls of work(), or what takes about 20 ms if calls is 0; before(), ahead of each, is not timed.
-template <class F, class G> static Seconds time_of(int calls, F work, G before) {
-  std::vector<double> runs;
-  const auto run = [&](int n) {
-    before();
+// Of each of the `times` things that a call of work() does. A run is as many calls as take 20 ms, or one.
+template <class F> static Seconds time_of(int times, F work) {
+  const auto run = [&](int calls) {
     CHECK(cudaDeviceSynchronize());
     const double start = seconds();
-    for (int i = 0; i < n; i++) work();
+    for (int i = 0; i < calls; i++) work();
     CHECK(cudaDeviceSynchronize());
-    return (seconds() - start) / n;
+    return (seconds() - start) / calls / times;
   };
-  double once = run(1);
-  if (once < 1) once = run(1);  // warm
+  std::vector<double> runs;
+  double once = run(1) * times;
+  if (once < 2) once = run(1) * times;  // the first filled caches and made recordings, which only a short run feels
+  else runs = {once / times};
+  const int calls = std::clamp(int(0.02 / once), 1, 1000);
   const double begin = seconds();
-  if (calls == 0) calls = std::max(1, std::min(1000, int(0.02 / once)));
-  while (runs.size() < 3 || (runs.size() < 9 && seconds() - begin < 2)) runs.push_back(run(calls));
+  while (runs.size() < 3 || (runs.size() < 9 && seconds() - begin < 1)) runs.push_back(run(calls));
   std::sort(runs.begin(), runs.end());
   return {runs.front(), runs[runs.size() / 2], runs.back()};
 }
 // What the machine could do: multiply-adds on numbers that never leave the registers. Each sum feeds itself, for what is
 // the same every time a compiler would compute once.
+constexpr int peak_sums = 8 * WIDES;
 __global__ void peak_kernel(const float* random, float x, int rounds, float* out) {
-  Wide sum[8][WIDES], row = *(const Wide*)random;
-  for (int i = 0; i < 8; i++)
-    for (int w = 0; w < WIDES; w++) sum[i][w] = ((const Wide*)random)[1 + i * WIDES + w];
+  const Wide* const numbers = reinterpret_cast<const Wide*>(random);
+  const Wide row = numbers[peak_sums];
+  Wide sum[peak_sums];
+  for (int i = 0; i < peak_sums; i++) sum[i] = numbers[i];
   for (int n = 0; n < rounds; n++) {
-    UNROLL for (int i = 0; i < 8; i++) UNROLL for (int w = 0; w < WIDES; w++) {
+    UNROLL for (int i = 0; i < peak_sums; i++) {
       Wide next = row;
-      add_product(next, x, sum[i][w]);
-      sum[i][w] = next;
+      add_product(next, x, sum[i]);
+      sum[i] = next;
     }
   }
   float total = 0;  // of all: what is not used is not computed
-  UNROLL for (int i = 0; i < 8; i++) UNROLL for (int w = 0; w < WIDES; w++) UNROLL for (int j = 0; j < WIDE; j++)
-      total += element(sum[i][w], j);
+  UNROLL for (int i = 0; i < peak_sums; i++) UNROLL for (int j = 0; j < WIDE; j++) total += element(sum[i], j);
   out[blockIdx.x * blockDim.x + threadIdx.x] = total;
 }
 static Tensor random_tensor(int rows, int cols, Type type) {
@@ -2437,16 +2438,19 @@ static Tensor random_tensor(int rows, int cols, Type type) {
   return to_device(values, t), t;
 }
 static double peak_flops() {
-  const int blocks = 64 * multiprocessors(), rounds = 20000;
-  const Tensor random = random_tensor(1, (1 + 8 * WIDES) * WIDE, Type::fp32);
-  const auto out = device_array<float>(size_t(blocks) * element_threads);
-  const auto work = [&] {
-    launch(peak_kernel, unsigned(blocks), element_threads, random.as<const float>(), 0.99f, rounds, out.get());
-  };
-  return 2.0 * 8 * WIDES * WIDE * rounds * blocks * element_threads / time_of(0, work, [] {}).median;
+  const int threads = 64 * multiprocessors() * element_threads, rounds = 20000;
+  const Tensor random = random_tensor(1, (peak_sums + 1) * WIDE, Type::fp32);
+  const auto out = device_array<float>(size_t(threads));
+  const Seconds s = time_of(1, [&] {
+    launch(peak_kernel, threads / element_threads, element_threads, random.as<const float>(), 0.99f, rounds, out.get());
+  });
+  return 2.0 * peak_sums * WIDE * rounds * threads / s.median;
 }
 
-using Product = std::function<void(Layout, const Tensor&, const Tensor&, const Tensor&)>;
+struct Rung {
+  const char* name;
+  std::function<void(Layout, const Tensor&, const Tensor&, const Tensor&)> product;
+};
 #if defined(__CUDACC__)  // NVIDIA's own products, a yardstick that training never uses, exist on its GPUs alone
 static void cublas(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C) {
   static cublasHandle_t handle = nullptr;
@@ -2461,9 +2465,9 @@ static void cublas(Layout layout, const Tensor& A, const Tensor& B, const Tensor
                     layout == Layout::AtB ? A.rows : A.cols, &one, B.memory.get(), type, B.stride, A.memory.get(), type,
                     A.stride, &zero, C.memory.get(), type, C.stride, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
-static const Product yardstick = cublas;
+static const Rung yardstick = {"cuBLAS", cublas};
 #else
-static const Product yardstick;
+static const Rung yardstick = {"cuBLAS", nullptr};
 #endif
 static void csv_row(const std::string& what, Type type, const char* rung, const Seconds& s, double rate) {
   printf("%s,%s,%s,%.9g,%.9g,%.9g,%.6g\n", what.c_str(), type_names[int(type)].c_str(), rung, s.median, s.least, s.most,
@@ -2472,49 +2476,51 @@ static void csv_row(const std::string& what, Type type, const char* rung, const 
 // A product by every rung: rate, share of the peak and of cuBLAS. Small ones are recorded by the dozen, as in training:
 // on a GPU a launch takes longer than they do.
 static void bench_product(Layout layout, int M, int N, int K, Type type, double peak, bool csv) {
-  static const char* const formulas[] = {"A B^T", "A B", "A^T B"};
+  static const Rung rungs[] = {yardstick,
+                               {"naive", [](auto... operands) { gemm_naive(operands...); }},
+                               {"tiled", [](auto... operands) { gemm_tiled(operands...); }},
+                               {"mma", [](auto... operands) { gemm_mma(operands...); }}};
   static std::map<std::string, double> rate_before;  // of a smaller product by the same rung and type
-  const char *const formula = formulas[int(layout)], *const type_name = type_names[int(type)].c_str();
+  const char* const formula = layout == Layout::ABt ? "A B^T" : layout == Layout::AB ? "A B" : "A^T B";
+  const char* const type_name = type_names[int(type)].c_str();
   const Tensor A = layout == Layout::AtB ? random_tensor(K, M, type) : random_tensor(M, K, type);
   const Tensor B = layout == Layout::ABt ? random_tensor(N, K, type) : random_tensor(K, N, type);
   const Tensor C = make_tensor(M, N, type);
-  const std::pair<const char*, Product> rungs[] = {
-      {"cuBLAS", yardstick},
-      {"naive", [](auto l, auto& a, auto& b, auto& c) { gemm_naive(l, a, b, c); }},
-      {"tiled", [](auto l, auto& a, auto& b, auto& c) { gemm_tiled(l, a, b, c); }},
-      {"mma", [](auto l, auto& a, auto& b, auto& c) { gemm_mma(l, a, b, c); }}};
   const double flops = 2.0 * M * N * K;
   const int times = flops < 1e8 ? 12 : 1;
   double of_cublas = 0;
   if (!csv) printf("\n%s, %s, M N K = %d %d %d\n", formula, type_name, M, N, K);
-  for (const auto& [name, product] : rungs) {
-    double& before = rate_before[std::string(name) + type_name];
-    const bool too_slow = before > 0 && flops / before > 0.5;
-    if (!product || (!strcmp(name, "mma") && !tensor_cores(type)) || too_slow) continue;
+  for (const Rung& rung : rungs) {
+    double& rate = rate_before[std::string(rung.name) + type_name];
+    const bool too_slow = rate > 0 && flops / rate > 0.5, is_mma = &rung == rungs + 3;
+    if (!rung.product || too_slow || (is_mma && !tensor_cores(type))) continue;
     Graph graph;
-    const auto multiply = [&, &once = product] {
-      for (int i = 0; i < times; i++) once(layout, A, B, C);
+    const auto multiply = [&] {
+      for (int i = 0; i < times; i++) rung.product(layout, A, B, C);
     };
-    Seconds s = time_of(
-        0, [&] { replay(graph, multiply); }, [] {});
-    s.least /= times, s.median /= times, s.most /= times;
-    const double rate = before = flops / s.median;
-    if (!strcmp(name, "cuBLAS")) of_cublas = rate;
-    const double full = of_cublas > 0 ? of_cublas : peak;
-    if (csv) csv_row(format("product,%s,%d,%d,%d", formula, M, N, K), type, name, s, rate);
-    else
-      printf("  %-6s %9.1f GFLOP/s (%.1f to %.1f) %6.1f%% of the fp32 peak%s  %s\n", name, rate * 1e-9,
-             flops / s.most * 1e-9, flops / s.least * 1e-9, 100 * rate / peak,
-             of_cublas > 0 ? format(" %6.1f%% of cuBLAS", 100 * rate / of_cublas).c_str() : "",
-             bar(rate / full, 30).c_str());
-    fflush(stdout);
+    const Seconds s = time_of(times, [&] { replay(graph, multiply); });
+    rate = flops / s.median;
+    if (csv) {
+      csv_row(format("product,%s,%d,%d,%d", formula, M, N, K), type, rung.name, s, rate);
+      continue;
+    }
+    if (&rung == rungs) of_cublas = rate;
+    printf("  %-6s %9.1f GFLOP/s (%.1f to %.1f) %6.1f%% of the fp32 peak", rung.name, rate * 1e-9,
+           flops / s.most * 1e-9, flops / s.least * 1e-9, 100 * rate / peak);
+    if (of_cublas > 0) printf(" %6.1f%% of cuBLAS", 100 * rate / of_cublas);
+    printf("  %s\n", bar(rate / (of_cublas > 0 ? of_cublas : peak), 30).c_str());
   }
 }
-// Training steps on random images: microseconds, images a second, bytes
-static void bench_step(const std::vector<int>& sizes, int batch, bool csv) {
-  const int steps = batch < 1000 ? 100 : 1;  // in a run
+// Training steps on random images: microseconds, images a second, bytes. Fewer images where the products of a step alone,
+// at `rate` flops a second, would take more than 4.5 seconds: on two cores all of mp bench then takes some 90 at most.
+static void bench_step(const std::vector<int>& sizes, int full_batch, double rate, bool csv) {
+  const int steps = full_batch < 1000 ? 100 : 1;  // in a call of work()
   const double MiB = 1 << 20;
   const std::string layers = joined(sizes, "-");
+  double flops = 0;  // an image: E2 and E5, from the second layer on E4 too
+  for (size_t l = 1; l < sizes.size(); l++) flops += (l > 1 ? 6. : 4.) * sizes[l - 1] * sizes[l];
+  int batch = full_batch;
+  while (batch * flops / rate > 4.5) batch /= 2;
   std::vector<uint8_t> images(size_t(steps) * batch * sizes[0]), classes(size_t(steps) * batch);
   for (size_t i = 0; i < images.size(); i++) images[i] = uint8_t(random_bits(2, i));
   for (size_t i = 0; i < classes.size(); i++) classes[i] = uint8_t(random_bits(3, i) % sizes.back());
@@ -2525,11 +2531,13 @@ static void bench_step(const std::vector<int>& sizes, int batch, bool csv) {
   for (const Type type : {Type::fp32, Type::fp16}) {
     Mlp net = make_mlp(sizes, batch, type, Update::master);
     initialise(net);
-    LossScaler scaler(type == Type::fp32 ? 1.f : 65536.f);
+    const float scale = type == Type::fp32 ? 1 : 65536;
+    LossScaler scaler(scale);
     Graph graph;
-    const Seconds s = time_of(
-        steps, [&] { replay(graph, [&] { train_step(net, data, scaler, 0.01f); }); },
-        [&] { scaler.write(StepState{scaler.read().scale}); });  // back to the first image
+    const Seconds s = time_of(steps, [&] {
+      scaler.write({scale});  // back to the first image
+      for (int i = 0; i < steps; i++) replay(graph, [&] { train_step(net, data, scaler, 0.01f); });
+    });
     const Footprint b = footprint(net);
     time[int(type)] = s.median, kept_bytes[int(type)] = double(b.activations + b.gradients);
     if (csv) csv_row(format("step,%s,%d,,", layers.c_str(), batch), type, "", s, batch / s.median);
@@ -2537,30 +2545,32 @@ static void bench_step(const std::vector<int>& sizes, int batch, bool csv) {
       printf("%-19s %5d  %s %10.0f (%.0f to %.0f) %10.0f %9.2f %7.2f %11.2f %9.2f\n", layers.c_str(), batch,
              type_names[int(type)].c_str(), s.median * 1e6, s.least * 1e6, s.most * 1e6, batch / s.median,
              double(b.weights) / MiB, double(b.master) / MiB, double(b.activations) / MiB, double(b.gradients) / MiB);
-    fflush(stdout);
   }
-  if (!csv)
-    printf("%26s fp32 is %.2f times the time of fp16; bytes of activations and gradients fp16 to fp32 %.2f\n", "",
-           time[0] / time[1], kept_bytes[1] / kept_bytes[0]);
+  if (csv) return;
+  printf("%26s fp32 is %.2f times the time of fp16; bytes of activations and gradients fp16 to fp32 %.2f\n", "",
+         time[0] / time[1], kept_bytes[1] / kept_bytes[0]);
+  if (batch < full_batch)
+    printf("%26s batch %d in place of %d, a step of which would take %.0f seconds and more here\n", "", batch,
+           full_batch, full_batch * flops / rate);
 }
 static int bench(bool csv) {
-  const std::string where = machine();
   const double peak = peak_flops();
   if (csv) printf("what,layout or layers,M or batch,N,K,type,rung,median s,least s,most s,FLOP/s or images/s\n");
-  else printf("%s\npeak of fp32 multiply-adds, measured: %.1f GFLOP/s\n", where.c_str(), peak * 1e-9);
+  else printf("%s\npeak of fp32 multiply-adds, measured: %.1f GFLOP/s\n", machine().c_str(), peak * 1e-9);
   const auto products = [&](Layout layout, int M, int N, int K) {
     for (Type type : {Type::fp32, Type::fp16, Type::bf16}) bench_product(layout, M, N, K, type, peak, csv);
   };
   products(Layout::ABt, 64, 128, 784), products(Layout::AB, 64, 784, 128), products(Layout::AtB, 128, 784, 64);
   for (int n : {1024, 4096, 8192})
     for (Layout layout : {Layout::ABt, Layout::AB, Layout::AtB})
-      if (n == 1024 || yardstick) products(layout, n, n, n);  // a CPU would need minutes for more
-  if (!csv)
-    printf(
-        "\na training step      batch  type  microseconds  images/s  MiB: weights  master  activations  gradients\n");
-  bench_step({784, 128, 10}, 64, csv);
-  bench_step({784, 8192, 10}, 8192, csv);
-  bench_step({4096, 4096, 4096, 10}, 4096, csv);
+      if (n == 1024 || yardstick.product) products(layout, n, n, n);  // a CPU would need minutes for more
+  const char* const columns = "batch  type  microseconds  images/s  MiB: weights  master  activations  gradients";
+  if (!csv) printf("\na training step      %s\n", columns);
+  const Tensor A = random_tensor(1024, 1024, Type::fp32), C = make_tensor(1024, 1024, Type::fp32);
+  const double rate = 2.0 * 1024 * 1024 * 1024 / time_of(1, [&] { gemm(Layout::ABt, A, A, C); }).median;
+  bench_step({784, 128, 10}, 64, rate, csv);
+  bench_step({784, 8192, 10}, 8192, rate, csv);
+  bench_step({4096, 4096, 4096, 10}, 4096, rate, csv);
   return 0;
 }
 
