@@ -2396,18 +2396,15 @@ struct Seconds {
 // Of each of the `times` things that a call of work() does. A run is as many calls as take 20 ms, or one.
 template <class F> static Seconds time_of(int times, F work) {
   const auto run = [&](int calls) {
-    CHECK(cudaDeviceSynchronize());
     const double start = seconds();
     for (int i = 0; i < calls; i++) work();
     CHECK(cudaDeviceSynchronize());
     return (seconds() - start) / calls / times;
   };
-  std::vector<double> runs;
-  double once = run(1) * times;
-  if (once < 2) once = run(1) * times;  // the first filled caches and made recordings, which only a short run feels
-  else runs = {once / times};
+  const double first = run(1) * times;  // it fills caches and makes recordings, which only a short run feels
+  const double once = first < 2 ? run(1) * times : first, begin = seconds();
   const int calls = std::clamp(int(0.02 / once), 1, 1000);
-  const double begin = seconds();
+  std::vector<double> runs(first < 2 ? 0 : 1, first / times);
   while (runs.size() < 3 || (runs.size() < 9 && seconds() - begin < 1)) runs.push_back(run(calls));
   std::sort(runs.begin(), runs.end());
   return {runs.front(), runs[runs.size() / 2], runs.back()};
@@ -2416,16 +2413,10 @@ template <class F> static Seconds time_of(int times, F work) {
 // the same every time a compiler would compute once.
 constexpr int peak_sums = 8 * WIDES;
 __global__ void peak_kernel(const float* random, float x, int rounds, float* out) {
-  const Wide* const numbers = reinterpret_cast<const Wide*>(random);
-  const Wide row = numbers[peak_sums];
   Wide sum[peak_sums];
-  for (int i = 0; i < peak_sums; i++) sum[i] = numbers[i];
+  for (int i = 0; i < peak_sums; i++) sum[i] = reinterpret_cast<const Wide*>(random)[i];
   for (int n = 0; n < rounds; n++) {
-    UNROLL for (int i = 0; i < peak_sums; i++) {
-      Wide next = row;
-      add_product(next, x, sum[i]);
-      sum[i] = next;
-    }
+    UNROLL for (int i = 0; i < peak_sums; i++) add_product(sum[i], x, sum[i]);
   }
   float total = 0;  // of all: what is not used is not computed
   UNROLL for (int i = 0; i < peak_sums; i++) UNROLL for (int j = 0; j < WIDE; j++) total += element(sum[i], j);
@@ -2439,10 +2430,10 @@ static Tensor random_tensor(int rows, int cols, Type type) {
 }
 static double peak_flops() {
   const int threads = 64 * multiprocessors() * element_threads, rounds = 20000;
-  const Tensor random = random_tensor(1, (peak_sums + 1) * WIDE, Type::fp32);
+  const Tensor random = random_tensor(1, peak_sums * WIDE, Type::fp32);
   const auto out = device_array<float>(size_t(threads));
   const Seconds s = time_of(1, [&] {
-    launch(peak_kernel, threads / element_threads, element_threads, random.as<const float>(), 0.99f, rounds, out.get());
+    launch(peak_kernel, threads / element_threads, element_threads, random.as<const float>(), 1e-9f, rounds, out.get());
   });
   return 2.0 * peak_sums * WIDE * rounds * threads / s.median;
 }
