@@ -2031,22 +2031,17 @@ static int train(const Options& options) {
 static bool utf8() {
   for (const char* name : {"LC_ALL", "LC_CTYPE", "LANG"})
     if (const char* locale = std::getenv(name); locale && *locale)
-      return strstr(locale, "UTF-8") || strstr(locale, "utf8") || strstr(locale, "UTF8") || strstr(locale, "utf-8");
+      return strcasestr(locale, "utf-8") || strcasestr(locale, "utf8");
   return false;
 }
-static bool colour() {
-  const char* no = std::getenv("NO_COLOR");
-  return isatty(STDOUT_FILENO) && !(no && *no);
-}
-static std::string bar(double share,
-                       int width) {  // `share` of `width` characters; UTF-8 counts in eighths
-  const double full = std::min(std::max(share, 0.), 1.) * width;
+static std::string bar(double share, int width) {  // `share` of `width` characters; UTF-8 counts in eighths
+  static const char* const parts[] = {"", "▏", "▎", "▍", "▌", "▋", "▊", "▉"};
+  const double full = share > 0 ? std::min(share, 1.) * width : 0;  // 0 for NaN, too
   const int eighths = int(full * 8 + 0.5);
-  std::string text;
   if (!utf8()) return std::string(size_t(full + 0.5), '#');
+  std::string text;
   for (int i = 0; i < eighths / 8; i++) text += "█";
-  static const char* const part[] = {"", "▏", "▎", "▍", "▌", "▋", "▊", "▉"};
-  return text + part[eighths % 8];
+  return text + parts[eighths % 8];
 }
 struct Curve {
   std::string name;
@@ -2066,10 +2061,12 @@ struct Plot {
 };
 static void draw(const Plot& p) {  // curves, in the terminal
   const int rows = 16, places = int(p.ticks.size()), wide = std::max(2, 72 / places);
+  const char* const no_colour = std::getenv("NO_COLOR");
+  const bool colour = isatty(STDOUT_FILENO) && !(no_colour && *no_colour);
   const auto mark = [&](size_t i) {
     static const char* const marks[2][4] = {{"o", "x", "+", "*"}, {"●", "○", "▲", "△"}};
     const char* const m = marks[utf8()][i % 4];
-    return colour() ? format("\033[3%zum%s\033[0m", 4 - i % 4, m) : m;
+    return colour ? format("\033[3%zum%s\033[0m", 4 - i % 4, m) : m;
   };
   printf("\n%s\n%s\n", p.title.c_str(), p.y.c_str());
   for (int row = rows - 1; row >= 0; row--) {
@@ -2090,8 +2087,18 @@ static void draw(const Plot& p) {  // curves, in the terminal
   for (size_t i = 0; i < p.curves.size(); i++) printf("%8s%s %s\n", "", mark(i).c_str(), p.curves[i].name.c_str());
   for (const Band& band : p.bands) printf("%8s%s\n", "", band.name.c_str());
 }
-// The plots one below the other; the colours are the viewer's, light or dark.
+static const char svg_style[] = R"(<style>
+text{fill:#222;font-size:12px;font-family:sans-serif}.paper{fill:#fff}.grid{stroke:#ccc}.band0{fill:#eee}.band1{fill:#dbe7f3}
+g circle,g rect{fill:currentColor}g path{fill:none;stroke:currentColor;stroke-width:2}
+.c0{color:#1f6fb4}.c1{color:#c9500b}.c2{color:#2a8a3e}.c3{color:#8d3fa8}
+.c1 path{stroke-dasharray:7 3}.c2 path{stroke-dasharray:2 3}.c3 path{stroke-dasharray:9 3 2 3}
+@media(prefers-color-scheme:dark){text{fill:#ddd}.paper{fill:#14171c}.grid{stroke:#444}.band0{fill:#22262d}
+.band1{fill:#1d2f42}.c0{color:#6cb4f0}.c1{color:#ff9c5a}.c2{color:#6fd086}.c3{color:#d29be8}}
+</style><rect class='paper' width='100%' height='100%'/>
+)";
+// The plots one below the other, if there is a path; the colours are the viewer's, light or dark.
 static void write_svg(const std::string& path, const std::vector<Plot>& plots, const std::string& caption) {
+  if (path.empty()) return;
   const double left = 62, width = 640;
   double top = 0;
   std::string s;
@@ -2105,10 +2112,10 @@ static void write_svg(const std::string& path, const std::vector<Plot>& plots, c
     text(left - 50, base - height - 10, "start", p.y);
     text(left + width, base + 31, "end", p.x);
     for (size_t i = 0; i < p.bands.size(); i++) {
-      const Band& b = p.bands[i];
-      s += format("<rect class='band%zu' x='%.1f' y='%.1f' width='%.1f' height='%g'/>\n", i % 2, left + b.from * step,
-                  base - height, (b.to - b.from) * step, height);
-      text(left + (b.from + b.to) / 2 * step, base - height - 10, "middle", b.name);
+      const auto& [from, to, name] = p.bands[i];
+      s += format("<rect class='band%zu' x='%.1f' y='%.1f' width='%.1f' height='%g'/>\n", i % 2, left + from * step,
+                  base - height, (to - from) * step, height);
+      text(left + (from + to) / 2 * step, base - height - 10, "middle", name);
     }
     for (int i = 0; i <= lines; i++) {
       const double y = base - height * i / lines;
@@ -2121,13 +2128,12 @@ static void write_svg(const std::string& path, const std::vector<Plot>& plots, c
       s += format("<g class='c%zu'>", i);
       std::string line;
       for (size_t at = 0; at < p.ticks.size(); at++) {
-        const double h = p.curves[i].y[at] / p.high * height, x = left + (double(at) + .5) * step;
+        const double h = p.curves[i].y[at] / p.high * height, x = left + (double(at) + .5) * step, wide = .35 * step;
         line += format("%s%.1f %.1f", at == 0 ? "M" : "L", x, base - h);
-        if (!p.bars)
-          s += format("<circle cx='%.1f' cy='%.1f' r='%zu'/>", x, base - h, 6 - i);  // all seen where they meet
+        if (!p.bars) s += format("<circle cx='%.1f' cy='%.1f' r='%zu'/>", x, base - h, 6 - i);  // seen where they meet
         else if (h > 0)
-          s += format("<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f'/>", x + (double(i) - 1) * .35 * step,
-                      base - h, .35 * step, h);
+          s += format("<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f'/>", x + (double(i) - 1) * wide, base - h,
+                      wide, h);
       }
       if (!p.bars) s += "<path d='" + line + "'/>";
       const double x = left + 155 * double(i), y = base + (p.bars ? 31 : 52);
@@ -2137,37 +2143,26 @@ static void write_svg(const std::string& path, const std::vector<Plot>& plots, c
     top = base + (p.bars ? 36 : 62);
   }
   text(left - 50, top + 18, "start", caption);
-  const double all_width = left + width + 18, all_height = top + 32;
-  const char* const style = R"(<style>
-text{fill:#222;font-size:12px;font-family:sans-serif}.paper{fill:#fff}.grid{stroke:#ccc}.band0{fill:#eee}.band1{fill:#dbe7f3}
-g circle,g rect{fill:currentColor}g path{fill:none;stroke:currentColor;stroke-width:2}
-.c0{color:#1f6fb4}.c1{color:#c9500b}.c2{color:#2a8a3e}.c3{color:#8d3fa8}
-.c1 path{stroke-dasharray:7 3}.c2 path{stroke-dasharray:2 3}.c3 path{stroke-dasharray:9 3 2 3}
-@media(prefers-color-scheme:dark){text{fill:#ddd}.paper{fill:#14171c}.grid{stroke:#444}.band0{fill:#22262d}
-.band1{fill:#1d2f42}.c0{color:#6cb4f0}.c1{color:#ff9c5a}.c2{color:#6fd086}.c3{color:#d29be8}}
-</style><rect class='paper' width='100%' height='100%'/>
-)";
-  write_file(path,
-             format("<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %g %g' width='%g' height='%g' role='img'>"
-                    "\n<title>%s</title>\n",
-                    all_width, all_height, all_width, all_height, plots[0].title.c_str()) +
-                 style + s + "</svg>\n");
+  const std::string size = format("viewBox='0 0 720 %g' width='720' height='%g'", top + 32, top + 32);
+  s = "<svg xmlns='http://www.w3.org/2000/svg' " + size + " role='img'>\n<title>" + plots[0].title + "</title>\n" +
+      svg_style + s;
+  write_file(path, s + "</svg>\n");
   printf("\nwrote %s\n", path.c_str());
 }
 
 // ==== What each technique is for: compare and histogram ==============================================================
-// A run of `o` on data that is loaded already, without a row an epoch. False: it stopped where no scale can help.
-static bool learn(Run& run, const Options& o, const Dataset& data) {
+// Trains on data that is loaded already, without a row an epoch, until the end or to where no scale can help.
+static Run learn(const Options& o, const Dataset& data) {
+  Run run;
   run.o = o, run.data = data, run.quiet = true;
   prepare(run);
   try {
     while (run.t.epoch < run.o.epochs && !stop_signal) train_epoch(run);
   } catch (const Error&) {
-    if (run.t.state.halted) return false;
-    throw;
+    if (!run.t.state.halted) throw;
   }
   if (stop_signal) fail("stopped");
-  return true;
+  return run;
 }
 // Per cent of the non-zero gradients, deltas and dW, that this run's types flush to zero
 static double flushed(const Run& run) {
@@ -2180,57 +2175,54 @@ static double flushed(const Run& run) {
     }
   return 100 * zero / std::max(all, 1.);
 }
-struct Setting {
-  const char* name;
-  bool automatic;
-  Type precision;
-  Update update;
-  float loss_scale;    // 0: dynamic
-  const char* sweeps;  // which draw it too
+struct Setting {              // the defaults, fp16 with fp32 masters and a dynamic loss scale, but for one change
+  const char *name, *sweeps;  // which sweeps draw it too
+  void (*change)(Options&);
 };
-static const Setting settings[] = {{"fp32", false, Type::fp32, Update::master, 1, ""},
-                                   {"mixed: fp16, master", false, Type::fp16, Update::master, 0, "scale, lr"},
-                                   {"mixed, no loss scaling", false, Type::fp16, Update::master, 1, ""},
-                                   {"fp16, no master", false, Type::fp16, Update::half, 0, "lr"},
-                                   {"fp16, Kahan", false, Type::fp16, Update::kahan, 0, ""},
-                                   {"fp16, stochastic", false, Type::fp16, Update::stochastic, 0, ""},
-                                   {"bf16, master", false, Type::bf16, Update::master, 1, "lr"},
-                                   {"bf16, no master", false, Type::bf16, Update::half, 1, "lr"},
-                                   {"auto: fp16 or fp32 by layer", true, Type::fp16, Update::master, 0, "scale"}};
-static Options with(Options o, const Setting& s) {
-  o.automatic = s.automatic, o.precision = s.precision, o.update = s.update, o.loss_scale = s.loss_scale;
-  return o;
-}
+static const Setting settings[] = {
+    {"fp32", "", [](Options& o) { o.precision = Type::fp32; }},
+    {"mixed: fp16, master", "scale, lr", [](Options&) {}},
+    {"mixed, no loss scaling", "", [](Options& o) { o.loss_scale = 1; }},
+    {"fp16, no master", "lr", [](Options& o) { o.update = Update::half; }},
+    {"fp16, Kahan", "", [](Options& o) { o.update = Update::kahan; }},
+    {"fp16, stochastic", "", [](Options& o) { o.update = Update::stochastic; }},
+    {"bf16, master", "lr", [](Options& o) { o.precision = Type::bf16; }},
+    {"bf16, no master", "lr", [](Options& o) { o.precision = Type::bf16, o.update = Update::half; }},
+    {"auto: fp16 or fp32 by layer", "scale", [](Options& o) { o.automatic = true; }}};
 static int compare(const Options& o, const Dataset& data) {
   printf("%-29s accuracy  final loss  skipped   flushed    weights  activations  gradients  seconds\n", "");
   double fp32 = 0;
   int as_good = 0;
   for (const Setting& s : settings) {
-    Run run;
-    const bool finished = learn(run, with(o, s), data);
+    Options changed = o;
+    s.change(changed);
+    const Run run = learn(changed, data);
+    const bool finished = !run.t.state.halted;
     const Footprint bytes = footprint(run.t.net);
-    if (s.precision == Type::fp32) fp32 = run.test_accuracy;
+    if (changed.precision == Type::fp32) fp32 = run.test_accuracy;
     else as_good += finished && run.test_accuracy >= fp32 - 0.3;
     printf("%-29s %7.2f%%  %10.4g  %7d  %7.2f%%  %9zu  %11zu  %9zu  %7.2f%s\n", s.name, run.test_accuracy,
            run.mean_loss, run.t.state.skipped, flushed(run), bytes.weights + bytes.master + bytes.compensation,
            bytes.activations, bytes.gradients, run.taken, finished ? "" : "  halted");
-    fflush(stdout);
   }
+  const char* const easy = ": this network is easy. Where they stop: mp compare --sweep scale, mp compare --sweep lr.";
   printf("\n%d of 8 come within 0.3 points of fp32%s\n", as_good,
-         as_good < 6 ? ": the others show what their missing technique was for."
-                     : ": this network is easy. Where they stop: mp compare --sweep scale, mp compare --sweep lr.");
+         as_good < 6 ? ": the others show what their missing technique was for." : easy);
   return 0;
 }
 // Accuracy over a fixed loss scale, with what a dynamic one does, or over the learning rate
 static int sweep(const Options& o, const Dataset& data) {
   const bool rates = o.sweep == "lr";
-  std::vector<float> values = {1e-4f, 3e-4f, 1e-3f, 3e-3f, 0.01f, 0.03f, 0.1f, 0.3f};
-  if (!rates) values.clear();
-  for (int exponent = -24; !rates && exponent <= 24; exponent += 2) values.push_back(std::ldexp(1.f, exponent));
-  Plot p;
-  p.title = format("Test accuracy over %s, %s, %d epochs", rates ? "the learning rate" : "a fixed loss scale",
-                   joined(o.layers, "-").c_str(), o.epochs);
-  p.x = rates ? "learning rate" : "loss scale", p.y = "test accuracy, per cent";
+  std::vector<float> values;
+  for (int exponent = -24; exponent <= 24; exponent += 2) values.push_back(std::ldexp(1.f, exponent));
+  if (rates) values = {1e-4f, 3e-4f, 1e-3f, 3e-3f, 0.01f, 0.03f, 0.1f, 0.3f};
+  Plot p = {format("Test accuracy over %s, %s, %d epochs", rates ? "the learning rate" : "a fixed loss scale",
+                   joined(o.layers, "-").c_str(), o.epochs),
+            rates ? "learning rate" : "loss scale",
+            "test accuracy, per cent",
+            {},
+            {},
+            {}};
   printf("%13s", p.x.c_str());
   std::vector<Setting> tried;
   for (const Setting& s : settings)
@@ -2241,91 +2233,82 @@ static int sweep(const Options& o, const Dataset& data) {
     p.ticks.push_back(rates || std::ilogb(value) % 8 == 0 ? label : "");
     printf("\n%13s", label.c_str());
     for (size_t i = 0; i < tried.size(); i++) {
-      Options changed = with(o, tried[i]);
+      Options changed = o;
+      tried[i].change(changed);
       (rates ? changed.lr : changed.loss_scale) = value;
-      Run run;
-      learn(run, changed, data);
+      const Run run = learn(changed, data);
       p.curves[i].y.push_back(run.test_accuracy);
       printf("  %6.2f%%, %5d steps skipped", run.test_accuracy, run.t.state.skipped), fflush(stdout);
     }
   }
   printf("\n");
   if (!rates) {
-    Run run;
-    learn(run, with(o, tried[0]), data);
+    const Run run = learn(o, data);
     const double first = std::log2(o.scale_init), last = std::log2(run.t.state.scale);
     p.bands = {{(std::min(first, last) + 24) / 2, (std::max(first, last) + 24) / 2 + 1,
                 format("dynamic: 2^%.0f%s, %.2f%%", first, first == last ? "" : format(" to 2^%.0f", last).c_str(),
                        run.test_accuracy)}};
   }
   draw(p);
-  if (!o.svg.empty())
-    write_svg(o.svg, {p},
-              rates
-                  ? "Without master weights, a step below half a unit in the last place of a weight is lost; bf16 has "
-                    "8 bits, fp16 11."
-                  : "Left cliff: gradients flush to zero. Right cliff: they overflow and every step is skipped.");
+  const std::string lost = "Without master weights, a step below half a unit in the last place of a weight is lost; ";
+  const char* const cliffs =
+      "Left cliff: gradients flush to zero. Right cliff: they overflow and every step is skipped.";
+  write_svg(o.svg, {p}, rates ? lost + "bf16 has 8 bits, fp16 11." : cliffs);
   return 0;
 }
 // Exponents of a, delta and dW, in fp32, against fp16's ranges, without the loss scale and with it
 static int histogram(const Options& o, const Dataset& data) {
-  Run run;
-  learn(run, o, data), shuffle(run);
+  Run run = learn(o, data);
+  shuffle(run);
   const float scale = run.t.state.scale;
   const std::vector<Probe> seen[] = {probe(run.t.net, run.batch, 1), probe(run.t.net, run.batch, scale)};
   const std::pair<const char*, Exponents Probe::*> tensors[] = {
       {"a", &Probe::a}, {"delta", &Probe::delta}, {"dW", &Probe::dW}};
-  static const char* const blocks[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
+  static const char* const heights[2][9] = {{" ", ".", ":", "-", "=", "+", "*", "%", "@"},
+                                            {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"}};
   const int low = -40, high = 18;  // of the picture
   std::vector<Plot> plots;
   printf("layer, tensor              %-15s|%-11s|%-30s|   zero  subn.  overflow\n", "2^-40 fp16: 0", "subnormal",
          "normal, 2^-14 to 65504");
-  for (int i = 0; i < 3 * run.t.net.L; i++) {
-    const int l = i / 3 + 1;
-    const auto& [name, tensor] = tensors[i % 3];
-    Plot p;
-    p.title = format("layer %d, %s", l, name), p.x = "exponent: |value| from 2^x", p.y = "per cent";
-    p.high = 10, p.bars = true;
-    p.bands = {
-        {0, 15, "0"}, {15, 26, "subnormal"}, {26, 56, "normal"}, {56, 58, "inf"}};  // 2^-25, 2^-14 and 2^16 divide
-    for (int x = low; x < high; x++) p.ticks.push_back(x % 10 ? "" : std::to_string(x));
-    for (int scaled = 0; scaled <= (tensor == &Probe::a ? 0 : 1); scaled++) {  // activations are not scaled
-      const Exponents& e = seen[scaled][l].*tensor;
-      const double all = double(std::max<int64_t>(e.nonzero(), 1)) / 100;
-      Curve c = {tensor == &Probe::a ? "values" : scaled ? "times " + text_of(scale) : "without loss scale", {}};
-      std::string picture;
-      for (int x = low; x < high; x++) {
-        const int64_t n = x == 16 ? e.overflow : e.between(x == low ? Exponents::lowest : x, x + 1);
-        const double share = double(n) / all;
-        const int eighths = share > 0 ? 1 + std::min(int(share / 2.5), 7) : 0;
-        c.y.push_back(share), p.high = std::max(p.high, share);
-        if (x == -25 || x == -14 || x == 16) picture += utf8() ? "│" : "|";
-        picture += utf8() ? blocks[eighths] : std::string(1, " .:-=+*%@"[eighths]);
+  for (int l = 1; l <= run.t.net.L; l++)
+    for (const auto& [name, tensor] : tensors) {
+      Plot p = {format("layer %d, %s", l, name), "exponent: |value| from 2^x", "per cent", {}, {}, {}, 10, true};
+      p.bands = {{0, 15, "0"}, {15, 26, "subnormal"}, {26, 56, "normal"}, {56, 58, "inf"}};  // from 2^-25, 2^-14, 2^16
+      for (int x = low; x < high; x++) p.ticks.push_back(x % 10 ? "" : std::to_string(x));
+      const bool activations = tensor == &Probe::a;  // they are not scaled
+      for (int scaled = 0; scaled <= !activations; scaled++) {
+        const Exponents& e = seen[scaled][l].*tensor;
+        const double one_percent = double(std::max<int64_t>(e.nonzero(), 1)) / 100;
+        Curve c = {activations ? "values" : scaled ? "times " + text_of(scale) : "without loss scale", {}};
+        std::string picture;
+        for (int x = low; x < high; x++) {
+          const int64_t n = x == 16 ? e.overflow : e.between(x == low ? Exponents::lowest : x, x + 1);
+          c.y.push_back(double(n) / one_percent), p.high = std::max(p.high, c.y.back());
+          if (x == -25 || x == -14 || x == 16) picture += utf8() ? "│" : "|";
+          picture += heights[utf8()][n > 0 ? 1 + std::min(int(c.y.back() / 2.5), 7) : 0];
+        }
+        printf("%d %-5s %-18s %s %5.1f%% %5.1f%% %5.1f%%\n", l, name, c.name.c_str(), picture.c_str(),
+               double(e.between(Exponents::lowest, -25)) / one_percent, double(e.between(-25, -14)) / one_percent,
+               double(e.overflow) / one_percent);
+        p.curves.push_back(c);
       }
-      printf("%d %-5s %-18s %s %5.1f%% %5.1f%% %5.1f%%\n", l, name, c.name.c_str(), picture.c_str(),
-             double(e.between(Exponents::lowest, -25)) / all, double(e.between(-25, -14)) / all,
-             double(e.overflow) / all);
-      p.curves.push_back(c);
+      plots.push_back(p);
     }
-    plots.push_back(p);
-  }
-  if (!o.svg.empty())
-    write_svg(
-        o.svg, plots,
-        format("Exponents in fp32 after epoch %d, %s; shares of the non-zero values; below 2^-40 counts as 2^-40.",
-               run.t.epoch, joined(run.o.layers, "-").c_str()));
+  write_svg(o.svg, plots,
+            format("Exponents in fp32 after epoch %d, %s; shares of the non-zero values; below 2^-40 counts as 2^-40.",
+                   run.t.epoch, joined(run.o.layers, "-").c_str()));
   return 0;
 }
-static int pictures(const std::string& command, Options o) {
-  const bool comparing = command == "compare";
+static int pictures(Options o, bool comparing) {  // mp compare, or else mp histogram
+  const std::string command = comparing ? "compare" : "histogram";
   if (!o.save.empty() || !o.log.empty()) misuse("mp " + command + " saves no model and no log; mp train does");
-  if (comparing &&
-      (o.has("precision") || o.has("update") || o.has("loss-scale") || o.has("resume") || !o.files.empty()))
+  const bool fixed = o.has("precision") || o.has("update") || o.has("loss-scale") || o.has("resume");
+  if (comparing && (fixed || !o.files.empty()))
     misuse("mp compare tries every --precision, --update and --loss-scale from the start: no resuming, no files");
   if (comparing && o.sweep.empty() && !o.svg.empty()) misuse("--svg needs --sweep scale or --sweep lr");
   if (!comparing && (!o.sweep.empty() || o.files.size() > 1)) misuse("mp histogram [MODEL] [--svg FILE] [OPTION...]");
   if (!o.svg.empty()) check_can_save(o.svg);
-  if (o.files.size() == 1) o.resume = o.files[0];
+  if (!o.files.empty()) o.resume = o.files[0];
   if (o.resume.empty() && !o.has("epochs")) o.epochs = !comparing ? 1 : o.sweep.empty() ? 15 : 3;
   const Dataset data = load_dataset(o.data);
   for (const int signal_ : {SIGINT, SIGTERM}) signal(signal_, on_signal);
@@ -2333,14 +2316,14 @@ static int pictures(const std::string& command, Options o) {
          data.what.c_str(), data.train.count, data.test.count);
   return !comparing ? histogram(o, data) : o.sweep.empty() ? compare(o, data) : sweep(o, data);
 }
-
 static Mlp open_model(Options& o) {  // the first of o.files, with the options that it was trained with
-  const SafeTensors file = read_safetensors(o.files[0]);
+  const std::string& path = o.files[0];
+  const SafeTensors file = read_safetensors(path);
   if (file.metadata.count("precision") == 0) o.precision = Type::fp32;  // written by another program
-  take_options(o, file, o.files[0]), take_layers(o, file, o.files[0]);
+  take_options(o, file, path), take_layers(o, file, path);
   Mlp net = make_mlp(o.layers, 64, o.precision, o.update);
   take_weights(net, file);
-  if (o.automatic) take_types(net, file, o.files[0]);
+  if (o.automatic) take_types(net, file, path);
   return net;
 }
 static int test(Options o) {
@@ -2351,59 +2334,49 @@ static int test(Options o) {
   check_fit(o, data.test);
   const std::vector<int> answer = predict(net, data.test.pixel);
   int count[10][10] = {}, right = 0;
-  for (size_t i = 0; i < answer.size(); i++) {
-    count[data.test.label[i]][answer[i]]++;
-    right += data.test.label[i] == answer[i];
-  }
+  for (size_t i = 0; i < answer.size(); i++) count[data.test.label[i]][answer[i]]++;
   printf("%s\n%s: %d images\n\nis \\ read as", describe(o).c_str(), data.what.c_str(), data.test.count);
   for (int c = 0; c < 10; c++) printf("%6d", c);
   for (int digit = 0; digit < 10; digit++) {
     printf("\n%12d", digit);
-    for (int c = 0; c < 10; c++) printf("%6d", count[digit][c]);
+    for (const int n : count[digit]) printf("%6d", n);
+    right += count[digit][digit];
   }
   printf("\n\ntest accuracy %.2f%%\n", 100.0 * right / data.test.count);
   return 0;
 }
 
 // ==== How fast: the ladder and the training step =====================================================================
-struct Seconds {  // of one call; several runs
+struct Seconds {
   double least, median, most;
 };
-// A run is `calls` calls of work(), or what takes about 20 ms if calls is 0; before(), ahead of each, is not timed.
-template <class F, class G> static Seconds time_of(int calls, F work, G before) {
-  std::vector<double> runs;
-  const auto run = [&](int n) {
-    before();
-    CHECK(cudaDeviceSynchronize());
+// Of each of the `times` things that a call of work() does. A run is as many calls as take 20 ms, or one.
+template <class F> static Seconds time_of(int times, F work) {
+  const auto run = [&](int calls) {
     const double start = seconds();
-    for (int i = 0; i < n; i++) work();
+    for (int i = 0; i < calls; i++) work();
     CHECK(cudaDeviceSynchronize());
-    return (seconds() - start) / n;
+    return (seconds() - start) / calls / times;
   };
-  double once = run(1);
-  if (once < 1) once = run(1);  // warm
-  const double begin = seconds();
-  if (calls == 0) calls = std::max(1, std::min(1000, int(0.02 / once)));
-  while (runs.size() < 3 || (runs.size() < 9 && seconds() - begin < 2)) runs.push_back(run(calls));
+  const double first = run(1) * times;  // it fills caches and makes recordings, which only a short run feels
+  const double once = first < 2 ? run(1) * times : first, begin = seconds();
+  const int calls = std::clamp(int(0.02 / once), 1, 1000);
+  std::vector<double> runs(first < 2 ? 0 : 1, first / times);
+  while (runs.size() < 3 || (runs.size() < 9 && seconds() - begin < 1)) runs.push_back(run(calls));
   std::sort(runs.begin(), runs.end());
   return {runs.front(), runs[runs.size() / 2], runs.back()};
 }
 // What the machine could do: multiply-adds on numbers that never leave the registers. Each sum feeds itself, for what is
-// the same every time a compiler would compute once.
+// the same every time a compiler would compute once; 12 of them hide how long one takes, and fit into the registers.
+constexpr int peak_sums = 12;
 __global__ void peak_kernel(const float* random, float x, int rounds, float* out) {
-  Wide sum[8][WIDES], row = *(const Wide*)random;
-  for (int i = 0; i < 8; i++)
-    for (int w = 0; w < WIDES; w++) sum[i][w] = ((const Wide*)random)[1 + i * WIDES + w];
+  Wide sum[peak_sums];
+  for (int i = 0; i < peak_sums; i++) sum[i] = reinterpret_cast<const Wide*>(random)[i];
   for (int n = 0; n < rounds; n++) {
-    UNROLL for (int i = 0; i < 8; i++) UNROLL for (int w = 0; w < WIDES; w++) {
-      Wide next = row;
-      add_product(next, x, sum[i][w]);
-      sum[i][w] = next;
-    }
+    UNROLL for (int i = 0; i < peak_sums; i++) add_product(sum[i], x, sum[i]);
   }
   float total = 0;  // of all: what is not used is not computed
-  UNROLL for (int i = 0; i < 8; i++) UNROLL for (int w = 0; w < WIDES; w++) UNROLL for (int j = 0; j < WIDE; j++)
-      total += element(sum[i][w], j);
+  UNROLL for (int i = 0; i < peak_sums; i++) UNROLL for (int j = 0; j < WIDE; j++) total += element(sum[i], j);
   out[blockIdx.x * blockDim.x + threadIdx.x] = total;
 }
 static Tensor random_tensor(int rows, int cols, Type type) {
@@ -2413,16 +2386,19 @@ static Tensor random_tensor(int rows, int cols, Type type) {
   return to_device(values, t), t;
 }
 static double peak_flops() {
-  const int blocks = 64 * multiprocessors(), rounds = 20000;
-  const Tensor random = random_tensor(1, (1 + 8 * WIDES) * WIDE, Type::fp32);
-  const auto out = device_array<float>(size_t(blocks) * element_threads);
-  const auto work = [&] {
-    launch(peak_kernel, unsigned(blocks), element_threads, random.as<const float>(), 0.99f, rounds, out.get());
-  };
-  return 2.0 * 8 * WIDES * WIDE * rounds * blocks * element_threads / time_of(0, work, [] {}).median;
+  const int threads = 64 * multiprocessors() * element_threads, rounds = 20000;
+  const Tensor random = random_tensor(1, peak_sums * WIDE, Type::fp32);
+  const auto out = device_array<float>(size_t(threads));
+  const Seconds s = time_of(1, [&] {
+    launch(peak_kernel, threads / element_threads, element_threads, random.as<const float>(), 1e-9f, rounds, out.get());
+  });
+  return 2.0 * peak_sums * WIDE * rounds * threads / s.median;
 }
 
-using Product = std::function<void(Layout, const Tensor&, const Tensor&, const Tensor&)>;
+struct Rung {
+  const char* name;
+  std::function<void(Layout, const Tensor&, const Tensor&, const Tensor&)> product;
+};
 #if defined(__CUDACC__)  // NVIDIA's own products, a yardstick that training never uses, exist on its GPUs alone
 static void cublas(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C) {
   static cublasHandle_t handle = nullptr;
@@ -2437,9 +2413,9 @@ static void cublas(Layout layout, const Tensor& A, const Tensor& B, const Tensor
                     layout == Layout::AtB ? A.rows : A.cols, &one, B.memory.get(), type, B.stride, A.memory.get(), type,
                     A.stride, &zero, C.memory.get(), type, C.stride, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
-static const Product yardstick = cublas;
+static const Rung yardstick = {"cuBLAS", cublas};
 #else
-static const Product yardstick;
+static const Rung yardstick = {"cuBLAS", nullptr};
 #endif
 static void csv_row(const std::string& what, Type type, const char* rung, const Seconds& s, double rate) {
   printf("%s,%s,%s,%.9g,%.9g,%.9g,%.6g\n", what.c_str(), type_names[int(type)].c_str(), rung, s.median, s.least, s.most,
@@ -2448,49 +2424,51 @@ static void csv_row(const std::string& what, Type type, const char* rung, const 
 // A product by every rung: rate, share of the peak and of cuBLAS. Small ones are recorded by the dozen, as in training:
 // on a GPU a launch takes longer than they do.
 static void bench_product(Layout layout, int M, int N, int K, Type type, double peak, bool csv) {
-  static const char* const formulas[] = {"A B^T", "A B", "A^T B"};
+  static const Rung rungs[] = {yardstick,
+                               {"naive", [](auto... operands) { gemm_naive(operands...); }},
+                               {"tiled", [](auto... operands) { gemm_tiled(operands...); }},
+                               {"mma", [](auto... operands) { gemm_mma(operands...); }}};
   static std::map<std::string, double> rate_before;  // of a smaller product by the same rung and type
-  const char *const formula = formulas[int(layout)], *const type_name = type_names[int(type)].c_str();
+  const char* const formula = layout == Layout::ABt ? "A B^T" : layout == Layout::AB ? "A B" : "A^T B";
+  const char* const type_name = type_names[int(type)].c_str();
   const Tensor A = layout == Layout::AtB ? random_tensor(K, M, type) : random_tensor(M, K, type);
   const Tensor B = layout == Layout::ABt ? random_tensor(N, K, type) : random_tensor(K, N, type);
   const Tensor C = make_tensor(M, N, type);
-  const std::pair<const char*, Product> rungs[] = {
-      {"cuBLAS", yardstick},
-      {"naive", [](auto l, auto& a, auto& b, auto& c) { gemm_naive(l, a, b, c); }},
-      {"tiled", [](auto l, auto& a, auto& b, auto& c) { gemm_tiled(l, a, b, c); }},
-      {"mma", [](auto l, auto& a, auto& b, auto& c) { gemm_mma(l, a, b, c); }}};
   const double flops = 2.0 * M * N * K;
   const int times = flops < 1e8 ? 12 : 1;
   double of_cublas = 0;
   if (!csv) printf("\n%s, %s, M N K = %d %d %d\n", formula, type_name, M, N, K);
-  for (const auto& [name, product] : rungs) {
-    double& before = rate_before[std::string(name) + type_name];
-    const bool too_slow = before > 0 && flops / before > 0.5;
-    if (!product || (!strcmp(name, "mma") && !tensor_cores(type)) || too_slow) continue;
+  for (const Rung& rung : rungs) {
+    double& rate = rate_before[std::string(rung.name) + type_name];
+    const bool too_slow = rate > 0 && flops / rate > 0.5, is_mma = &rung == rungs + 3;
+    if (!rung.product || too_slow || (is_mma && !tensor_cores(type))) continue;
     Graph graph;
-    const auto multiply = [&, &once = product] {
-      for (int i = 0; i < times; i++) once(layout, A, B, C);
+    const auto multiply = [&] {
+      for (int i = 0; i < times; i++) rung.product(layout, A, B, C);
     };
-    Seconds s = time_of(
-        0, [&] { replay(graph, multiply); }, [] {});
-    s.least /= times, s.median /= times, s.most /= times;
-    const double rate = before = flops / s.median;
-    if (!strcmp(name, "cuBLAS")) of_cublas = rate;
-    const double full = of_cublas > 0 ? of_cublas : peak;
-    if (csv) csv_row(format("product,%s,%d,%d,%d", formula, M, N, K), type, name, s, rate);
-    else
-      printf("  %-6s %9.1f GFLOP/s (%.1f to %.1f) %6.1f%% of the fp32 peak%s  %s\n", name, rate * 1e-9,
-             flops / s.most * 1e-9, flops / s.least * 1e-9, 100 * rate / peak,
-             of_cublas > 0 ? format(" %6.1f%% of cuBLAS", 100 * rate / of_cublas).c_str() : "",
-             bar(rate / full, 30).c_str());
-    fflush(stdout);
+    const Seconds s = time_of(times, [&] { replay(graph, multiply); });
+    rate = flops / s.median;
+    if (csv) {
+      csv_row(format("product,%s,%d,%d,%d", formula, M, N, K), type, rung.name, s, rate);
+      continue;
+    }
+    if (&rung == rungs) of_cublas = rate;
+    printf("  %-6s %9.1f GFLOP/s (%.1f to %.1f) %6.1f%% of the fp32 peak", rung.name, rate * 1e-9,
+           flops / s.most * 1e-9, flops / s.least * 1e-9, 100 * rate / peak);
+    if (of_cublas > 0) printf(" %6.1f%% of cuBLAS", 100 * rate / of_cublas);
+    printf("  %s\n", bar(rate / (of_cublas > 0 ? of_cublas : peak), 30).c_str());
   }
 }
-// Training steps on random images: microseconds, images a second, bytes
-static void bench_step(const std::vector<int>& sizes, int batch, bool csv) {
-  const int steps = batch < 1000 ? 100 : 1;  // in a run
+// Training steps on random images: microseconds, images a second, bytes. Fewer images where the products of a step alone,
+// at `rate` flops a second, would take more than 4.5 seconds: on two cores all of mp bench then takes some 90 at most.
+static void bench_step(const std::vector<int>& sizes, int full_batch, double rate, bool csv) {
+  const int steps = full_batch < 1000 ? 100 : 1;  // in a call of work()
   const double MiB = 1 << 20;
   const std::string layers = joined(sizes, "-");
+  double flops = 0;  // an image: E2 and E5, from the second layer on E4 too
+  for (size_t l = 1; l < sizes.size(); l++) flops += (l > 1 ? 6. : 4.) * sizes[l - 1] * sizes[l];
+  int batch = full_batch;
+  while (batch * flops / rate > 4.5) batch /= 2;
   std::vector<uint8_t> images(size_t(steps) * batch * sizes[0]), classes(size_t(steps) * batch);
   for (size_t i = 0; i < images.size(); i++) images[i] = uint8_t(random_bits(2, i));
   for (size_t i = 0; i < classes.size(); i++) classes[i] = uint8_t(random_bits(3, i) % sizes.back());
@@ -2501,11 +2479,13 @@ static void bench_step(const std::vector<int>& sizes, int batch, bool csv) {
   for (const Type type : {Type::fp32, Type::fp16}) {
     Mlp net = make_mlp(sizes, batch, type, Update::master);
     initialise(net);
-    LossScaler scaler(type == Type::fp32 ? 1.f : 65536.f);
+    const float scale = type == Type::fp32 ? 1 : 65536;
+    LossScaler scaler(scale);
     Graph graph;
-    const Seconds s = time_of(
-        steps, [&] { replay(graph, [&] { train_step(net, data, scaler, 0.01f); }); },
-        [&] { scaler.write(StepState{scaler.read().scale}); });  // back to the first image
+    const Seconds s = time_of(steps, [&] {
+      scaler.write({scale});  // back to the first image
+      for (int i = 0; i < steps; i++) replay(graph, [&] { train_step(net, data, scaler, 0.01f); });
+    });
     const Footprint b = footprint(net);
     time[int(type)] = s.median, kept_bytes[int(type)] = double(b.activations + b.gradients);
     if (csv) csv_row(format("step,%s,%d,,", layers.c_str(), batch), type, "", s, batch / s.median);
@@ -2513,30 +2493,32 @@ static void bench_step(const std::vector<int>& sizes, int batch, bool csv) {
       printf("%-19s %5d  %s %10.0f (%.0f to %.0f) %10.0f %9.2f %7.2f %11.2f %9.2f\n", layers.c_str(), batch,
              type_names[int(type)].c_str(), s.median * 1e6, s.least * 1e6, s.most * 1e6, batch / s.median,
              double(b.weights) / MiB, double(b.master) / MiB, double(b.activations) / MiB, double(b.gradients) / MiB);
-    fflush(stdout);
   }
-  if (!csv)
-    printf("%26s fp32 is %.2f times the time of fp16; bytes of activations and gradients fp16 to fp32 %.2f\n", "",
-           time[0] / time[1], kept_bytes[1] / kept_bytes[0]);
+  if (csv) return;
+  printf("%26s fp32 is %.2f times the time of fp16; bytes of activations and gradients fp16 to fp32 %.2f\n", "",
+         time[0] / time[1], kept_bytes[1] / kept_bytes[0]);
+  if (batch < full_batch)
+    printf("%26s batch %d in place of %d, a step of which would take %.0f seconds and more here\n", "", batch,
+           full_batch, full_batch * flops / rate);
 }
 static int bench(bool csv) {
-  const std::string where = machine();
   const double peak = peak_flops();
   if (csv) printf("what,layout or layers,M or batch,N,K,type,rung,median s,least s,most s,FLOP/s or images/s\n");
-  else printf("%s\npeak of fp32 multiply-adds, measured: %.1f GFLOP/s\n", where.c_str(), peak * 1e-9);
+  else printf("%s\npeak of fp32 multiply-adds, measured: %.1f GFLOP/s\n", machine().c_str(), peak * 1e-9);
   const auto products = [&](Layout layout, int M, int N, int K) {
     for (Type type : {Type::fp32, Type::fp16, Type::bf16}) bench_product(layout, M, N, K, type, peak, csv);
   };
   products(Layout::ABt, 64, 128, 784), products(Layout::AB, 64, 784, 128), products(Layout::AtB, 128, 784, 64);
   for (int n : {1024, 4096, 8192})
     for (Layout layout : {Layout::ABt, Layout::AB, Layout::AtB})
-      if (n == 1024 || yardstick) products(layout, n, n, n);  // a CPU would need minutes for more
-  if (!csv)
-    printf(
-        "\na training step      batch  type  microseconds  images/s  MiB: weights  master  activations  gradients\n");
-  bench_step({784, 128, 10}, 64, csv);
-  bench_step({784, 8192, 10}, 8192, csv);
-  bench_step({4096, 4096, 4096, 10}, 4096, csv);
+      if (n == 1024 || yardstick.product) products(layout, n, n, n);  // a CPU would need minutes for more
+  const char* const columns = "batch  type  microseconds  images/s  MiB: weights  master  activations  gradients";
+  if (!csv) printf("\na training step      %s\n", columns);
+  const Tensor A = random_tensor(1024, 1024, Type::fp32), C = make_tensor(1024, 1024, Type::fp32);
+  const double rate = 2.0 * 1024 * 1024 * 1024 / time_of(1, [&] { gemm(Layout::ABt, A, A, C); }).median;
+  bench_step({784, 128, 10}, 64, rate, csv);
+  bench_step({784, 8192, 10}, 8192, rate, csv);
+  bench_step({4096, 4096, 4096, 10}, 4096, rate, csv);
   return 0;
 }
 
@@ -2545,23 +2527,21 @@ struct Picture {
   int width, height;
   std::vector<float> value;  // [height, width]
 };
-// The mean over squares of `step` pixels, the first with its corner at (left, top). Outside, pixel(x, y) counts as 0.
-template <class F> static Picture resample(int from_width, int from_height, F pixel, double left, double top,
-                                           double step, int width, int height) {
+// [height, width] means over squares of `step` pixels, the first with its corner at (left, top). Outside are zeros.
+static Picture resample(const Picture& from, double left, double top, double step, int width, int height) {
   Picture to{width, height, {}};
-  const auto overlap = [&](int i, double from) { return std::min(i + 1., from + step) - std::max(double(i), from); };
+  const auto overlap = [&](int i, double begin) { return std::min(i + 1., begin + step) - std::max(double(i), begin); };
   for (double y = top; int(to.value.size()) < width * height; y += step)
     for (int n = 0; n < width; n++) {
       const double x = left + n * step;
       double sum = 0;
-      for (int j = std::max(0, int(std::floor(y))); j < from_height && j < y + step; j++)
-        for (int i = std::max(0, int(std::floor(x))); i < from_width && i < x + step; i++)
-          sum += pixel(i, j) * overlap(i, x) * overlap(j, y);
+      for (int j = std::max(0, int(std::floor(y))); j < from.height && j < y + step; j++)
+        for (int i = std::max(0, int(std::floor(x))); i < from.width && i < x + step; i++)
+          sum += from.value[size_t(j) * size_t(from.width) + size_t(i)] * overlap(i, x) * overlap(j, y);
       to.value.push_back(float(sum / (step * step)));
     }
   return to;
 }
-
 // A PNG or JPEG in grey, 0 to 255, its longer side at most 400 pixels. What is transparent shows a paper that its ink
 // stands out from.
 static Picture parse_picture(const Bytes& file) {
@@ -2584,14 +2564,11 @@ static Picture parse_picture(const Bytes& file) {
   for (size_t i = 0; i < pixels; i++) opaque += pixel[2 * i + 1], light += pixel[2 * i] * pixel[2 * i + 1];
   light /= opaque;  // the mean of what can be seen, which is ink if it is less than half
   const double behind = opaque > 127.5 * double(pixels) ? light : light < 127.5 ? 255 : 0;
+  Picture grey{width, height, std::vector<float>(pixels)};
+  for (size_t i = 0; i < pixels; i++) grey.value[i] = float(behind + (pixel[2 * i] - behind) * pixel[2 * i + 1] / 255);
   const double step = std::max(1.0, std::max(width, height) / 400.0);
-  const auto grey = [&](int x, int y) {
-    const uint8_t* const p = pixel + 2 * (size_t(y) * size_t(width) + size_t(x));
-    return behind + (p[0] - behind) * p[1] / 255;
-  };
-  return resample(width, height, grey, 0, 0, step, std::max(1, int(width / step)), std::max(1, int(height / step)));
+  return resample(grey, 0, 0, step, std::max(1, int(width / step)), std::max(1, int(height / step)));
 }
-
 // Takes away the paper in its uneven light: the quadratic surface that most pixels lie near. Least absolute deviations,
 // by least squares in which a pixel counts the less the farther it lay off the time before.
 static void subtract_paper(Picture& p) {
@@ -2610,7 +2587,6 @@ static void subtract_paper(Picture& p) {
       for (size_t i = 0; i < p.value.size(); i++) p.value[i] -= float(sum / squares * f(i));
     }
 }
-
 // Leaves 0 where there is paper, 1 where there is ink, between them at its edges.
 static void find_ink(Picture& p) {
   subtract_paper(p);
@@ -2625,7 +2601,6 @@ static void find_ink(Picture& p) {
   if (!(ink > 12 && ink > 10 * paper)) fail("blank: nothing stands out from its background");
   for (float& x : p.value) x = float(std::clamp((x - threshold / 2) / (ink - threshold / 2), 0., 1.));
 }
-
 // [side, side] as in MNIST: white on black, fitted into 20/28 of the side, the centre of mass in the middle
 static Bytes as_mnist(Picture p, int side) {
   find_ink(p);
@@ -2638,26 +2613,26 @@ static Bytes as_mnist(Picture p, int side) {
     left = std::min(left, x), right = std::max(right, x + 1), top = std::min(top, y), bottom = std::max(bottom, y + 1);
   }
   const double step = std::max(right - left, bottom - top) * 28. / (20 * side), middle = side * step / 2;
-  const auto ink = [&](int x, int y) { return double(p.value[y * p.width + x]); };
-  p = resample(p.width, p.height, ink, x_sum / mass - middle, y_sum / mass - middle, step, side, side);
+  p = resample(p, x_sum / mass - middle, y_sum / mass - middle, step, side, side);
   const float most = *std::max_element(p.value.begin(), p.value.end());
   Bytes bytes;
   for (const float x : p.value) bytes.push_back(uint8_t(std::lround(255 * x / most)));
   return bytes;
 }
-
 static void show(const Bytes& pixels, int side, std::vector<float> z) {  // what the network saw, and softmax of z
-  const float most = *std::max_element(z.begin(), z.end());
+  const auto best = std::max_element(z.begin(), z.end());
+  const float most = *best;
   float sum = 0;
   for (float& x : z) sum += x = std::exp(x - most);
-  printf("%ld (%.1f%%)\n", long(std::max_element(z.begin(), z.end()) - z.begin()), 100 / sum);
+  printf("%td (%.1f%%)\n", best - z.begin(), 100 / sum);
   for (int line = 0; line < std::max((side + 1) / 2, 10); line++) {  // two rows of pixels
     printf("  ");
     for (int x = 0; x < side; x++) {
       const auto at = [&](int y) { return y < side ? pixels[y * side + x] : 0; };
+      const int upper = at(2 * line), lower = at(2 * line + 1);
       static const char* const block[] = {" ", "▀", "▄", "█"};
-      if (utf8()) printf("%s", block[(at(2 * line) > 127) + 2 * (at(2 * line + 1) > 127)]);
-      else putchar(" .:-=+*#%@"[(at(2 * line) + at(2 * line + 1)) * 10 / 511]);
+      if (utf8()) printf("%s", block[(upper > 127) + 2 * (lower > 127)]);
+      else putchar(" .:-=+*#%@"[(upper + lower) * 10 / 511]);
     }
     if (line < 10) printf("  %d %5.1f%% %s", line, 100 * z[line] / sum, bar(z[line] / sum, 20).c_str());
     printf("\n");
@@ -2677,7 +2652,6 @@ static int answer(Options o) {
       printf("%s: ", o.files[n].c_str());
       show(pixels, side, logits(net, pixels));
     } catch (const Error& error) {
-      fflush(stdout);
       fprintf(stderr, "mp: %s\n", error.what());
       status = 1;
     }
@@ -2685,78 +2659,77 @@ static int answer(Options o) {
 }
 
 // ==== The command line ===============================================================================================
-static const char usage_text[] =
-    "usage: mp train [OPTION...]            learn digits, a row of figures an epoch\n"
-    "       mp test MODEL [--data DIR]      what a saved model gets right, and what it takes for what\n"
-    "       mp compare [OPTION...]          with one technique off at a time; --sweep scale|lr [--svg FILE]\n"
-    "       mp histogram [MODEL] [OPTION...]  exponents against fp16's range, after an epoch or of MODEL; [--svg "
-    "FILE]\n"
-    "       mp predict MODEL IMAGE...       which digit each PNG or JPEG shows\n"
-    "       mp article                      the article's 1-5-1 network, as written and with ReLU\n"
-    "       mp bench [--csv]                the matrix products and the training step: how fast, how large\n"
-    "       mp --help, mp train --help      every option with its default\n";
-static void print_help() {
+static const char usage_text[] = R"(usage: mp train [OPTION...]            learn digits, a row of figures an epoch
+       mp test MODEL [--data DIR]      what a saved model gets right, and what it takes for what
+       mp compare [OPTION...]          with one technique off at a time; --sweep scale|lr [--svg FILE]
+       mp histogram [MODEL] [OPTION...]  exponents against fp16's range, after an epoch or of MODEL; [--svg FILE]
+       mp predict MODEL IMAGE...       which digit each PNG or JPEG shows
+       mp article                      the article's 1-5-1 network, as written and with ReLU
+       mp bench [--csv]                the matrix products and the training step: how fast, how large
+       mp --help, mp train --help      every option with its default
+)";
+static int print_help() {
   printf("mp trains a multi-layer perceptron in mixed precision.\n\n%s\noptions of train:\n", usage_text);
   for (const Option& option : option_table) {
     const std::string left = std::string("  --") + option.name + " " + option.values, value = option.get(Options());
     printf("%-42s %s%s\n", left.c_str(), option.help, value.empty() ? "" : (" [" + value + "]").c_str());
   }
-  printf(
-      "\nMP_GEMM=naive|tiled|mma picks a rung of the matrix product; MP_THREADS=N uses N threads of a CPU; "
-      "MP_ORDER=forward|backward|N the order in which it runs a block's "
-      "threads.\n");
+  printf("\nMP_GEMM=naive|tiled|mma picks a rung of the matrix product; MP_THREADS=N uses N threads of a CPU; ");
+  printf("MP_ORDER=forward|backward|N the order in which it runs a block's threads.\n");
+  return 0;
 }
 static Options parse(const std::string& command, const std::vector<std::string>& words) {
   Options o;
   for (size_t i = 0; i < words.size(); i++) {
-    if (words[i].rfind("--", 0) != 0) {
-      o.files.push_back(words[i]);
+    const std::string& word = words[i];
+    if (word.rfind("--", 0) != 0) {
+      o.files.push_back(word);
       continue;
     }
-    const size_t equals = words[i].find('=');
-    const std::string name = words[i].substr(2, equals == std::string::npos ? equals : equals - 2);
-    const Option* option = find_option(name);
+    const size_t equals = word.find('=');
+    const std::string name = word.substr(2, equals - 2);
+    const Option* const option = find_option(name);
     if (!option) misuse("unknown option --" + name);
     if (command == "predict" || (command == "test" && name != "data"))
       misuse("--" + name + " is an option of mp train; mp " + command +
              (command == "test" ? " has only --data" : " has none"));
     if (o.has(option->name)) misuse("--" + name + " is given twice");
-    const std::string next = i + 1 < words.size() ? words[i + 1] : "";
-    const std::string value = equals == std::string::npos ? next : words[i].substr(equals + 1);
+    const bool apart = equals == word.npos && i + 1 < words.size();  // --name value, not --name=value
+    const std::string value = apart ? words[++i] : word.substr(std::min(equals, word.size() - 1) + 1);
     if (value.empty() || value.rfind("--", 0) == 0) misuse("--" + name + " needs a value: " + option->values);
-    if (equals == std::string::npos) i++;
     set_option(o, *option, value);
     o.given.push_back(option->name);
   }
   return o;
 }
-static int run_command(const std::vector<std::string>& words) {
-  const std::string command = words.empty() ? "" : words[0];
+static int run_command(std::vector<std::string> words) {
   for (const std::string& word : words)
-    if (word == "--help" || word == "-h") return print_help(), 0;
-  if (command == "train" || command == "test" || command == "compare" || command == "histogram" ||
-      command == "predict") {
-    const Options o = parse(command, {words.begin() + 1, words.end()});
-    machine();  // fails at once where a CUDA build finds no device
-    if (command == "test") return test(o);
-    if (command == "predict") return answer(o);
-    if (command != "train") return pictures(command, o);
-    if (!o.sweep.empty() || !o.svg.empty()) misuse("--sweep and --svg are for mp compare and mp histogram");
-    if (!o.files.empty()) misuse("'" + o.files[0] + "' is no option");
-    return train(o);
-  }
-  if (command == "article" && words.size() == 1) return article();
-  if (command == "bench" && (words.size() == 1 || (words.size() == 2 && words[1] == "--csv")))
-    return bench(words.size() == 2);
-  misuse(command.empty()        ? "no command"
-         : command == "article" ? "article takes no options"
-         : command == "bench"   ? "bench takes no option but --csv"
-                                : "unknown command '" + command + "'");
+    if (word == "--help" || word == "-h") return print_help();
+  if (words.empty()) misuse("no command");
+  const std::string command = words[0];
+  words.erase(words.begin());
+  if (command == "article" && !words.empty()) misuse("article takes no options");
+  if (command == "article") return article();
+  const bool csv = words == std::vector<std::string>{"--csv"};
+  if (command == "bench" && !csv && !words.empty()) misuse("bench takes no option but --csv");
+  if (command == "bench") return bench(csv);
+  const bool plain = command == "train", comparing = command == "compare";
+  if (!plain && !comparing && command != "test" && command != "histogram" && command != "predict")
+    misuse("unknown command '" + command + "'");
+  const Options o = parse(command, words);
+  machine();  // fails at once where a CUDA build finds no device
+  if (command == "test") return test(o);
+  if (command == "predict") return answer(o);
+  if (!plain) return pictures(o, comparing);
+  if (!o.sweep.empty() || !o.svg.empty()) misuse("--sweep and --svg are for mp compare and mp histogram");
+  if (!o.files.empty()) misuse("'" + o.files[0] + "' is no option");
+  return train(o);
 }
 // Weak, so that the tests, which have a main of their own, can be linked with this file.
 __attribute__((weak)) int main(int argc, char** argv) {
   for (int standard = 0; standard <= 2; standard++)  // a closed one would be given to the next file opened
     if (fcntl(standard, F_GETFD) < 0) open("/dev/null", O_RDWR);
+  setvbuf(stdout, nullptr, _IOLBF, 0);  // into a pipe or a file, too, each row appears when it is known
   try {
     const int status = run_command({argv + 1, argv + argc});
     if (fflush(stdout) != 0 || ferror(stdout)) fail("standard output cannot be written: %s", strerror(errno));
@@ -2764,12 +2737,10 @@ __attribute__((weak)) int main(int argc, char** argv) {
   } catch (const UsageError& error) {
     fprintf(stderr, "mp: %s\n%s", error.what(), usage_text);
     return 2;
-  } catch (const Error& error) {
-    fprintf(stderr, "%smp: %s\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", error.what());
   } catch (const std::bad_alloc&) {
     fprintf(stderr, "mp: out of memory; make --layers or --batch smaller\n");
-  } catch (const std::exception& error) {  // of the file system, say
-    fprintf(stderr, "mp: %s\n", error.what());
+  } catch (const std::exception& error) {  // Error, or one of the file system, say
+    fprintf(stderr, "%smp: %s\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", error.what());
   }
   return 1;
 }

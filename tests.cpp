@@ -2817,12 +2817,12 @@ TEST_SUITE("predict") {
     return (y >= 3 && y < 6 && x >= 5 && x < 16) || (y >= 6 && y < 17 && x >= 10 && x < 13);
   }
   // A network that knows nothing: all chances are equal, and the picture beside them is what it saw.
-  static string ignorant(int in, int out) {
+  static string ignorant(int in, int out, char byte = '\0') {
     const string x = std::to_string(in), y = std::to_string(out), weights = std::to_string(4 * in * out),
                  end = std::to_string(4 * (in + 1) * out);
     return tensors("{" + entry("0.weight", "F32", y + "," + x, "0," + weights) + "," +
                        entry("0.bias", "F32", y, weights + "," + end) + "}",
-                   string(size_t(4 * (in + 1) * out), '\0'));
+                   string(size_t(4 * (in + 1) * out), byte));
   }
   TEST_CASE("dark or light ink, colour, alpha, 16 bits, larger, off-centre: the network sees the same") {
     const Workplace w;
@@ -2861,6 +2861,8 @@ TEST_SUITE("predict") {
     CHECK_MESSAGE(std::count(want.begin(), want.end(), '\n') == 15, want);
     check_words(want, {"█", "  9  10.0% ██"});
     check_words(w.run("predict m grey.png", "LC_ALL=C").out, {"@@@", "  9  10.0% ##"});
+    w.put("nan", ignorant(784, 10, '\xff'));
+    check_success(w.run("predict nan grey.png", "LC_ALL=C"));
   }
   TEST_CASE("what cannot be read is told in a line, and the others are answered") {
     const Workplace w;
