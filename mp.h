@@ -1,7 +1,5 @@
 // mp.h: the words that mp.cu and tests.cpp share (part 1), and enough of CUDA to run kernels without a GPU (part 2).
 #pragma once
-#include <climits>
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -69,16 +67,15 @@ struct Epilogue {                // what happens to a sum before it is rounded, 
   const Tensor* mask = nullptr;  // [M, N]: where it is 0 or below the result is 0: that ReLU's derivative
 };
 // All operands of one type; any size from 1 up; C's padding may be written. They fail when the shapes do not fit.
-void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
+void gemm_naive(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
 // K is shared out to `splits` blocks, whose sums are added in a fixed order; 0: as many as keep the machine busy.
-void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {},
+void gemm_tiled(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {},
                 int splits = 0);
 // Tensor cores: fp16 from sm_75 on, bf16 from sm_80 on; on a CPU their instructions are imitated. Else it fails.
-void gemm_mma(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {},
-              int splits = 0);
+void gemm_mma(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {}, int splits = 0);
 bool tensor_cores(Type type);  // are there any for it?
 // The best of them for machine and type, which training uses; MP_GEMM=naive|tiled|mma in the environment overrides.
-void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
+void gemm(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
 
 // ---- The network (article 4.1): a^0 the input, then for each layer z = a W^T + b, a = f(z) ------------------------
 enum class Loss { cross_entropy, squared_error };
@@ -185,7 +182,6 @@ std::string trouble(const std::vector<Probe>& seen, int l, bool dynamic, double 
 // ---- Data and checkpoints (article 5.1, 5.2). All fail, with the file's name in the message. -----------------------
 std::vector<uint8_t> read_file(const std::string& path);
 void write_file(const std::string& path, const std::string& bytes);  // all of it, or the old file stays
-
 struct Images {
   int count = 0, pixels = 0, classes = 10;
   std::vector<uint8_t> pixel;  // [count, pixels], row by row, 0 is background
@@ -196,7 +192,6 @@ struct Dataset {
   std::string what;  // for a person: which files were read
 };
 Dataset load_dataset(const std::string& folder);
-
 struct SavedTensor {
   std::string name;
   std::vector<int64_t> shape;
@@ -266,52 +261,45 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
   for (int k = 0; k < 2; k++) MMA("m16n8k8", "f16", "{%4,%5}, {%6}", "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
 #endif
 }
-// clang-format on
 // 16 bytes from global to shared memory, of which the first `bytes` are read and the others become 0. They have arrived
 // when copy_wait<n>() returns and at most the n newest commits are still under way; Turing copies at once.
+#if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ void copy_16_bytes_async(void* to, const void* from, int bytes) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-               : "memory");
-#else
-  uint16_t* const number = static_cast<uint16_t*>(to);
-  const uint4 v = bytes ? *static_cast<const uint4*>(from) : uint4{};  // rows are padded: all 16 may be read
-  *static_cast<uint4*>(to) = v;
-  for (int i = bytes / 2; i < 8; i++) number[i] = 0;
-#endif
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void copy_commit() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int n> __device__ __forceinline__ void copy_wait() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+  asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
+}
+#else
+__device__ __forceinline__ void copy_16_bytes_async(void* to, const void* from, int bytes) {
+  *static_cast<uint4*>(to) = bytes ? *static_cast<const uint4*>(from) : uint4{};  // rows are padded: all 16 may be read
+  for (int i = bytes / 2; i < 8; i++) static_cast<uint16_t*>(to)[i] = 0;
+}
+__device__ __forceinline__ void copy_commit() {}
+template <int n> __device__ __forceinline__ void copy_wait() {}
 #endif
-}
+// clang-format on
 
-inline int device_attribute(cudaDeviceAttr what) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device), cudaDeviceGetAttribute(&value, what, device);
-  return value;
-}
 constexpr bool real_tensor_cores = true, launches_wait = false;  // launch() returns before the kernel has run
-inline int multiprocessors() {
-  static const int count = device_attribute(cudaDevAttrMultiProcessorCount);
-  return count;
-}
-inline int compute_capability() {  // 75 for sm_75
-  static const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
-  static const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
-  return 10 * major + minor;
-}
-inline cudaStream_t stream() {  // one, for only a stream of one's own can be captured; copies wait for it
-  static const cudaStream_t s = [] {
-    cudaStream_t made = nullptr;
-    if (cudaStreamCreate(&made) != cudaSuccess) fail("no CUDA stream: %s", cudaGetErrorString(cudaGetLastError()));
-    return made;
+inline const cudaDeviceProp& device() {
+  static const cudaDeviceProp found = [] {
+    int number = 0;
+    cudaDeviceProp p;
+    if (cudaGetDevice(&number) != cudaSuccess || cudaGetDeviceProperties(&p, number) != cudaSuccess)
+      fail("no CUDA device answers (%s); `make BACKEND=cpu` builds a program that needs none",
+           cudaGetErrorString(cudaGetLastError()));
+    return p;
   }();
+  return found;
+}
+inline std::string machine() { return std::string(device().name) + " (CUDA)"; }
+inline int multiprocessors() { return device().multiProcessorCount; }
+inline int compute_capability() { return 10 * device().major + device().minor; }  // 75 for sm_75
+inline cudaStream_t stream() {  // one, for only a stream of one's own can be captured; copies wait for it
+  static cudaStream_t s = nullptr;
+  if (!s && cudaStreamCreate(&s) != cudaSuccess) fail("no CUDA stream: %s", cudaGetErrorString(cudaGetLastError()));
   return s;
 }
 // A step launched again and again: plainly the first time, then recorded, and from then on replayed as a whole.
@@ -340,14 +328,6 @@ template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, d
   kernel<<<grid, block, 0, stream()>>>(args...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) fail("a kernel did not start: %s", cudaGetErrorString(error));
-}
-inline std::string machine() {
-  int device = 0;
-  cudaDeviceProp p;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&p, device) != cudaSuccess)
-    fail("no CUDA device answers (%s); `make BACKEND=cpu` builds a program that needs none",
-         cudaGetErrorString(cudaGetLastError()));
-  return std::string(p.name) + " (CUDA)";
 }
 #endif
 
