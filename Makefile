@@ -20,7 +20,7 @@ ifdef SANITIZE
 endif
 ifdef PORTABLE
   B = build/portable
-  OPT += -DMP_PORTABLE_FIBERS
+  OPT += -DMP_PORTABLE_FIBERS -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2
 endif
 FLAGS = -std=c++17 $(WARN) $(OPT)
 COMPILE = $(CXX) -x c++ $(FLAGS) -pthread

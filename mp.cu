@@ -818,14 +818,13 @@ void update(Mlp& net, LossScaler& scaler, float lr) {
 
 // ==== Device memory, and a network in it =============================================================================
 void fail(const char* format, ...) {
-  char text[1000];
+  char text[1000] = "";
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  for (char* c = text; *c; c++) {  // names from a file may hold line ends and what moves a terminal's cursor
-    if (uint8_t(*c) < ' ' || *c == 127) *c = '?';
-  }
+  for (char& c : text)  // names from a file may hold line ends and what moves a terminal's cursor
+    if (c == 127 || (c && uint8_t(c) < ' ')) c = '?';
   throw Error(text);
 }
 __attribute__((format(printf, 1, 2))) static std::string format(const char* words, ...) {
@@ -855,7 +854,6 @@ template <class T> static std::shared_ptr<T> device_array(size_t count) {
   CHECK(cudaMemset(p, 0, bytes));
   return std::shared_ptr<T>(static_cast<T*>(p), [](T* memory) { cudaFree(memory); });
 }
-
 template <class T> static std::shared_ptr<T> on_device(const std::vector<T>& values) {
   const std::shared_ptr<T> memory = device_array<T>(values.size());
   CHECK(cudaMemcpy(memory.get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
@@ -873,23 +871,15 @@ static int padded(int cols) { return (cols + 7) / 8 * 8; }
 Tensor make_tensor(int rows, int cols, Type type) {
   if (rows < 1 || cols < 1 || (int64_t(cols) + 7) * rows > 1 << 30)  // kernels index with ints
     fail("[%d, %d] is no size for a tensor: both at least 1, and at most 2^30 numbers in all", rows, cols);
-  Tensor t;
-  t.rows = rows, t.cols = cols, t.stride = padded(cols), t.type = type;
+  Tensor t{rows, cols, padded(cols), type, nullptr};
   t.memory = device_array<char>(t.bytes());
   return t;
 }
-Tensor first_rows(const Tensor& t, int rows) {
-  Tensor view = t;
-  view.rows = rows;
-  return view;
-}
+Tensor first_rows(const Tensor& t, int rows) { return {rows, t.cols, t.stride, t.type, t.memory}; }
 // [rows, cols] of the numbers of a flat tensor, from number `first` on
 static Tensor part_of(const Tensor& flat, int first, int rows, int cols) {
-  Tensor view = flat;
-  view.rows = rows, view.cols = cols, view.stride = padded(cols);
-  view.memory =
-      std::shared_ptr<char>(flat.memory, flat.memory.get() + size_t(first) * (flat.type == Type::fp32 ? 4 : 2));
-  return view;
+  char* const begin = flat.memory.get() + size_t(first) * (flat.type == Type::fp32 ? 4 : 2);
+  return {rows, cols, padded(cols), flat.type, {flat.memory, begin}};
 }
 std::vector<float> to_host(const Tensor& t) {
   std::vector<uint32_t> raw(t.bytes() / 4);
@@ -922,11 +912,13 @@ void to_device(const std::vector<float>& values, const Tensor& t) {
 void set_types(Mlp& net, const std::vector<Type>& types) {
   for (int l = 0; l <= net.L; l++) {
     Layer& layer = net.layer[l];
-    const int in = l > 0 ? net.layer[l - 1].a.cols : 0, out = layer.a.cols;
-    const int W_size = out * padded(in), n = W_size + padded(out);
+    const int out = layer.a.cols;
     layer.type = types[l > 0 ? l - 1 : 0];
     layer.a = make_tensor(net.batch, out, layer.type);
     if (l == 0) continue;
+    const int in = net.layer[l - 1].a.cols, W_size = out * padded(in), n = W_size + padded(out);
+    if (net.update == Update::master && !layer.master.memory) layer.master = make_tensor(1, n, Type::fp32);
+    if (net.update == Update::kahan) layer.compensation = make_tensor(1, n, layer.type);
     layer.delta = make_tensor(net.batch, out, layer.type);
     layer.gradients = make_tensor(1, n, layer.type);
     layer.weights = layer.type == Type::fp32 ? layer.master : make_tensor(1, n, layer.type);
@@ -946,16 +938,10 @@ Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update)
   net.L = int(sizes.size()) - 1, net.batch = net.rows = batch, net.update = update;
   net.layer.resize(sizes.size());
   for (int l = 0; l <= net.L; l++) {
-    Layer& layer = net.layer[l];
-    const int in = l > 0 ? sizes[l - 1] : 0, out = sizes[l];
+    const int in = l > 0 ? sizes[l - 1] : 0, out = net.layer[l].a.cols = sizes[l];
     if ((int64_t(in) + 8) * out > 1 << 30) fail("a layer of %d x %d has more than 2^30 weights", out, in);
     if (std::max(l > 0 ? out : 0, batch) > 1000000)
       fail("a layer or a batch of more than 1,000,000");  // a CUDA grid is 65535 high
-    layer.a = make_tensor(batch, out, type);
-    if (l == 0) continue;
-    const int n = out * padded(in) + padded(out);
-    if (update == Update::master) layer.master = make_tensor(1, n, Type::fp32);
-    if (update == Update::kahan) layer.compensation = make_tensor(1, n, type);
   }
   set_types(net, std::vector<Type>(net.L, type));
   net.y = make_tensor(batch, sizes.back(), Type::fp32);
@@ -984,9 +970,7 @@ void set_parameters(Layer& layer, const std::vector<float>& W, const std::vector
 
 LossScaler::LossScaler(float scale, float growth_, float backoff_, int interval_)
     : growth(growth_), backoff(backoff_), interval(interval_), state(device_array<StepState>(1)) {
-  StepState s;
-  s.scale = scale;
-  write(s);
+  write(StepState{scale});
 }
 StepState LossScaler::read() const {
   StepState s;
@@ -1063,16 +1047,15 @@ std::vector<Probe> probe(const Mlp& net, const Batch& batch, float scale) {
 // only those that would become 0. The limit, 50 %: 15 epochs of data/ with a dynamic scale show up to 3 and 9 %, and fp16
 // learns as well as fp32; MNIST at a scale of 2^-16, where it does not, shows 100 and 70 % and more.
 std::string trouble(const std::vector<Probe>& seen, int l, bool dynamic, double limit, int headroom) {
-  char text[120] = "";
+  std::string text;
   const auto overflow = [&](const char* what, const Exponents& e) {
     const int64_t n = e.overflow + e.between(16 - headroom, 16);
-    if (!*text && n) snprintf(text, sizeof text, "%lld of its %s overflow", (long long)n, what);
+    if (text.empty() && n) text = format("%lld of its %s overflow", (long long)n, what);
   };
   const auto vanish = [&](const char* what, const Exponents& e, int below) {
     const double share = double(e.between(Exponents::lowest, below)) / double(std::max<int64_t>(e.nonzero(), 1));
-    if (!*text && share > limit)
-      snprintf(text, sizeof text, "%.0f%% of its %s would be %s", 100 * share, what,
-               below < -14 ? "0" : "0 or subnormal");
+    const char* lost = below < -14 ? "0" : "0 or subnormal";
+    if (text.empty() && share > limit) text = format("%.0f%% of its %s would be %s", 100 * share, what, lost);
   };
   overflow("inputs", seen[l - 1].a), overflow("activations", seen[l].a);
   if (!dynamic) overflow("deltas", seen[l].delta), overflow("weight gradients", seen[l].dW);
@@ -1088,22 +1071,17 @@ static std::vector<float> learn_parabola(bool relu, std::vector<float>& epoch_lo
   const int n = 256, batch_rows = 4, epochs = 100;
   std::vector<float> x, y;
   std::vector<int> order;
-  for (int i = 0; i < n; i++) {
-    x.push_back(-1 + 2 * (i + 0.5f) / n), y.push_back(x.back() * x.back());
-    order.push_back(i * 101 % n);  // 101 and 256 have no common factor: every point once, neighbours far apart
-  }
+  for (int i = 0; i < n; i++) x.push_back(-1 + 2 * (i + 0.5f) / n), y.push_back(x.back() * x.back());
+  // Of all epochs. 101 and 256 have no common factor: each has every point once, neighbours far apart.
+  for (int i = 0; i < n * epochs; i++) order.push_back(i * 101 % n);
   Mlp net = make_mlp({1, 5, 1}, batch_rows, Type::fp16, Update::master);
   net.relu = relu, net.loss = Loss::squared_error;
   initialise(net);
   LossScaler scaler;
   const auto x_device = on_device(x), y_device = on_device(y);
   const auto order_device = on_device(order);
-  Batch batch;
-  batch.x = x_device.get(), batch.y = y_device.get(), batch.order = order_device.get(), batch.rows = batch_rows;
+  Batch batch{nullptr, nullptr, x_device.get(), y_device.get(), order_device.get(), batch_rows};
   for (int epoch = 0; epoch < epochs; epoch++) {
-    StepState state = scaler.read();
-    state.position = 0;
-    scaler.write(state);
     double sum = 0;
     for (int step = 0; step < n / batch_rows; step++) train_step(net, batch, scaler, 0.01f), sum += scaler.read().loss;
     epoch_loss.push_back(float(sum / (n / batch_rows)));
@@ -1119,11 +1097,10 @@ static std::vector<float> learn_parabola(bool relu, std::vector<float>& epoch_lo
   return answer;
 }
 static int article() {
-  const std::string where = machine();
   std::vector<float> line_loss, relu_loss;
   const std::vector<float> line = learn_parabola(false, line_loss), relu = learn_parabola(true, relu_loss);
   printf("%s · 1-5-1 · fp16, fp32 master, dynamic loss scale · E1, SGD 0.01, 256 points of y = x^2, batch 4\n\n",
-         where.c_str());
+         machine().c_str());
   printf("  epoch  loss without activation  loss with ReLU\n");
   for (int epoch : {1, 3, 10, 30, 100})
     printf("%7d  %23.5f  %14.5f\n", epoch, line_loss[epoch - 1], relu_loss[epoch - 1]);

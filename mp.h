@@ -1,7 +1,5 @@
 // mp.h: the words that mp.cu and tests.cpp share (part 1), and enough of CUDA to run kernels without a GPU (part 2).
 #pragma once
-#include <climits>
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -69,16 +67,15 @@ struct Epilogue {                // what happens to a sum before it is rounded, 
   const Tensor* mask = nullptr;  // [M, N]: where it is 0 or below the result is 0: that ReLU's derivative
 };
 // All operands of one type; any size from 1 up; C's padding may be written. They fail when the shapes do not fit.
-void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
+void gemm_naive(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
 // K is shared out to `splits` blocks, whose sums are added in a fixed order; 0: as many as keep the machine busy.
-void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {},
+void gemm_tiled(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {},
                 int splits = 0);
 // Tensor cores: fp16 from sm_75 on, bf16 from sm_80 on; on a CPU their instructions are imitated. Else it fails.
-void gemm_mma(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {},
-              int splits = 0);
+void gemm_mma(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {}, int splits = 0);
 bool tensor_cores(Type type);  // are there any for it?
 // The best of them for machine and type, which training uses; MP_GEMM=naive|tiled|mma in the environment overrides.
-void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
+void gemm(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
 
 // ---- The network (article 4.1): a^0 the input, then for each layer z = a W^T + b, a = f(z) ------------------------
 enum class Loss { cross_entropy, squared_error };
@@ -185,7 +182,6 @@ std::string trouble(const std::vector<Probe>& seen, int l, bool dynamic, double 
 // ---- Data and checkpoints (article 5.1, 5.2). All fail, with the file's name in the message. -----------------------
 std::vector<uint8_t> read_file(const std::string& path);
 void write_file(const std::string& path, const std::string& bytes);  // all of it, or the old file stays
-
 struct Images {
   int count = 0, pixels = 0, classes = 10;
   std::vector<uint8_t> pixel;  // [count, pixels], row by row, 0 is background
@@ -196,7 +192,6 @@ struct Dataset {
   std::string what;  // for a person: which files were read
 };
 Dataset load_dataset(const std::string& folder);
-
 struct SavedTensor {
   std::string name;
   std::vector<int64_t> shape;
@@ -266,52 +261,45 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
   for (int k = 0; k < 2; k++) MMA("m16n8k8", "f16", "{%4,%5}, {%6}", "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
 #endif
 }
-// clang-format on
 // 16 bytes from global to shared memory, of which the first `bytes` are read and the others become 0. They have arrived
 // when copy_wait<n>() returns and at most the n newest commits are still under way; Turing copies at once.
+#if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ void copy_16_bytes_async(void* to, const void* from, int bytes) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-               : "memory");
-#else
-  uint16_t* const number = static_cast<uint16_t*>(to);
-  const uint4 v = bytes ? *static_cast<const uint4*>(from) : uint4{};  // rows are padded: all 16 may be read
-  *static_cast<uint4*>(to) = v;
-  for (int i = bytes / 2; i < 8; i++) number[i] = 0;
-#endif
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :: "r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void copy_commit() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int n> __device__ __forceinline__ void copy_wait() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+  asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
+}
+#else
+__device__ __forceinline__ void copy_16_bytes_async(void* to, const void* from, int bytes) {
+  *static_cast<uint4*>(to) = bytes ? *static_cast<const uint4*>(from) : uint4{};  // rows are padded: all 16 may be read
+  for (int i = bytes / 2; i < 8; i++) static_cast<uint16_t*>(to)[i] = 0;
+}
+__device__ __forceinline__ void copy_commit() {}
+template <int n> __device__ __forceinline__ void copy_wait() {}
 #endif
-}
+// clang-format on
 
-inline int device_attribute(cudaDeviceAttr what) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device), cudaDeviceGetAttribute(&value, what, device);
-  return value;
-}
 constexpr bool real_tensor_cores = true, launches_wait = false;  // launch() returns before the kernel has run
-inline int multiprocessors() {
-  static const int count = device_attribute(cudaDevAttrMultiProcessorCount);
-  return count;
-}
-inline int compute_capability() {  // 75 for sm_75
-  static const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
-  static const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
-  return 10 * major + minor;
-}
-inline cudaStream_t stream() {  // one, for only a stream of one's own can be captured; copies wait for it
-  static const cudaStream_t s = [] {
-    cudaStream_t made = nullptr;
-    if (cudaStreamCreate(&made) != cudaSuccess) fail("no CUDA stream: %s", cudaGetErrorString(cudaGetLastError()));
-    return made;
+inline const cudaDeviceProp& device() {
+  static const cudaDeviceProp found = [] {
+    int number = 0;
+    cudaDeviceProp p;
+    if (cudaGetDevice(&number) != cudaSuccess || cudaGetDeviceProperties(&p, number) != cudaSuccess)
+      fail("no CUDA device answers (%s); `make BACKEND=cpu` builds a program that needs none",
+           cudaGetErrorString(cudaGetLastError()));
+    return p;
   }();
+  return found;
+}
+inline std::string machine() { return std::string(device().name) + " (CUDA)"; }
+inline int multiprocessors() { return device().multiProcessorCount; }
+inline int compute_capability() { return 10 * device().major + device().minor; }  // 75 for sm_75
+inline cudaStream_t stream() {  // one, for only a stream of one's own can be captured; copies wait for it
+  static cudaStream_t s = nullptr;
+  if (!s && cudaStreamCreate(&s) != cudaSuccess) fail("no CUDA stream: %s", cudaGetErrorString(cudaGetLastError()));
   return s;
 }
 // A step launched again and again: plainly the first time, then recorded, and from then on replayed as a whole.
@@ -341,47 +329,43 @@ template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, d
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) fail("a kernel did not start: %s", cudaGetErrorString(error));
 }
-inline std::string machine() {
-  int device = 0;
-  cudaDeviceProp p;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&p, device) != cudaSuccess)
-    fail("no CUDA device answers (%s); `make BACKEND=cpu` builds a program that needs none",
-         cudaGetErrorString(cudaGetLastError()));
-  return std::string(p.name) + " (CUDA)";
-}
 #endif
 
 // ---- CUDA on a CPU: the same kernels, thread by thread -------------------------------------------------------------
 // A block runs on one OS thread; its CUDA threads are fibers: stacks that take turns. A thread runs until it must wait
 // for others (a barrier, a warp-wide instruction), then the next one runs. Blocks are spread over the cores.
 #if !defined(MP_CUDA)
-#undef _FORTIFY_SOURCE  // its check of longjmp takes a switch of stacks for an error
+#undef __USE_FORTIFY_LEVEL  // glibc must not check longjmp, which leads to another stack here
+#include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <condition_variable>
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
+#include <functional>
 #include <mutex>
+#include <numeric>
+#include <random>
+#include <set>
 #include <thread>
-#if defined(__F16C__)
-#include <immintrin.h>
+#if !defined(__has_feature)
+#define __has_feature(what) 0
 #endif
-#if defined(__SANITIZE_ADDRESS__)
-#define MP_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define MP_ASAN 1
-#endif
-#endif
-#if MP_ASAN  // it guards no thread_local arrays: plain ones then, and one OS thread for all blocks
+#if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer)
 #include <sanitizer/common_interface_defs.h>
-#define __shared__ static
+#define __shared__ static  // it guards no thread_local arrays: plain ones then, and one OS thread for all blocks
+constexpr int most_os_threads = 1;
 #else
+#define __sanitizer_start_switch_fiber(...)
+#define __sanitizer_finish_switch_fiber(...)
 #define __shared__ static thread_local  // a block never leaves its OS thread
+constexpr int most_os_threads = 1024;
 #endif
 #if __has_include(<valgrind/valgrind.h>)
 #include <valgrind/valgrind.h>
@@ -396,15 +380,12 @@ inline std::string machine() {
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-struct uint3 {
-  unsigned x, y, z;
-};
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-inline thread_local uint3 threadIdx{}, blockIdx{};
-inline thread_local dim3 blockDim{}, gridDim{};
+using uint3 = dim3;
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 // The runtime calls of mp.cu. Device memory is ordinary memory.
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
@@ -477,6 +458,7 @@ __forceinline__ void store(bfloat16* p, const float (&x)[8]) {  // float_to_bflo
 }
 // Halves by the machine's own instruction, where the compiler offers one; mp.cu's bit operations, where not.
 #if defined(__F16C__)
+#include <immintrin.h>
 __forceinline__ float machine_float(half h) { return _cvtsh_ss(h.bits); }
 __forceinline__ half machine_half(float x) { return half{uint16_t(_cvtss_sh(x, 0))}; }
 __forceinline__ void load(const half* p, float (&x)[8]) {
@@ -485,17 +467,9 @@ __forceinline__ void load(const half* p, float (&x)[8]) {
 __forceinline__ void store(half* p, const float (&x)[8]) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(_mm256_loadu_ps(x), 0));
 }
-#elif defined(__aarch64__)
-union Half_bits {
-  half bits;
-  __fp16 value;
-};
-__forceinline__ float machine_float(half h) { return float(Half_bits{h}.value); }
-__forceinline__ half machine_half(float x) {
-  Half_bits h;
-  h.value = __fp16(x);
-  return h.bits;
-}
+#elif defined(__aarch64__) && __has_builtin(__builtin_bit_cast)
+__forceinline__ float machine_float(half h) { return float(__builtin_bit_cast(__fp16, h)); }
+__forceinline__ half machine_half(float x) { return __builtin_bit_cast(half, __fp16(x)); }
 #else
 __forceinline__ float machine_float(half h) { return half_to_float(h); }
 __forceinline__ half machine_half(float x) { return float_to_half(x); }
@@ -508,37 +482,39 @@ inline Order order = forward;
 inline unsigned seed = 1;
 inline bool poison = false;  // __shared__ starts as NaN: whenever MP_ORDER is set
 
-// -- Fibers: jump(from, to) leaves one stack and goes on where the other one stopped --
+// -- Fibers: go(from, to) leaves one stack and goes on where the other one stopped --
 constexpr size_t stack_bytes = 64 * 1024;
 void fiber_main();
 struct Fiber {
-  std::unique_ptr<char[]> memory;  // none: the OS thread's own stack
+  std::shared_ptr<void> memory;  // a part that nobody may touch, then the stack; none: the OS thread's own stack
   const void* bottom = nullptr;
   size_t bytes = stack_bytes;
-  void* sp = nullptr;
+  void* sp = nullptr;    // where it stopped,
+  jmp_buf state;         // or that for portable fibers,
+  bool started = false;  // from its first stop on
   void* fake = nullptr;  // AddressSanitizer's
-  bool started = false;
-  jmp_buf state;
+  Fiber() = default;
+  explicit Fiber(size_t number) {
+    void* p = mmap(nullptr, 2 * stack_bytes + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED || mprotect(p, stack_bytes, PROT_NONE) != 0) fail("out of memory: no stack for a thread");
+    memory.reset(p, [](void* all) { munmap(all, 2 * stack_bytes + 4096); });
+    bottom = (char*)p + stack_bytes + number % 4 * 1088;  // staggered, or the busiest lines would share a cache set
+    void** const top = (void**)((char*)bottom + stack_bytes);
+    top[-2] = (void*)fiber_main, sp = top - 8;  // looks as if fiber_main was about to be returned to
+    (void)VALGRIND_STACK_REGISTER(bottom, top);
+  }
 };
 #if defined(__x86_64__) && !defined(MP_PORTABLE_FIBERS)
 __attribute__((naked, noinline)) inline void switch_stack(void** /*save*/, void* /*load*/) {
   asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15; mov %rsp, (%rdi); mov %rsi, %rsp;"
       "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");  // what a C++ call expects to find unchanged
 }
-inline void go(Fiber& from, Fiber& to) {
-  if (!to.started && to.memory) {  // a new stack looks as if fiber_main was about to be returned to
-    void** top = (void**)((char*)to.bottom + stack_bytes);
-    to.sp = std::fill_n(top - 8, 8, nullptr) - 8;
-    top[-2] = (void*)fiber_main;
-    to.started = true;
-  }
-  switch_stack(&from.sp, to.sp);
-}
+inline void go(Fiber& from, Fiber& to) { switch_stack(&from.sp, to.sp); }
 #else
 inline void go(Fiber& from, Fiber& to) {
+  from.started = true;
   if (_setjmp(from.state)) return;
-  if (to.started || !to.memory) _longjmp(to.state, 1);
-  to.started = true;
+  if (to.started) _longjmp(to.state, 1);
   ucontext_t c;
   getcontext(&c);
   c.uc_stack.ss_sp = (void*)to.bottom, c.uc_stack.ss_size = to.bytes, c.uc_link = nullptr;
@@ -546,53 +522,40 @@ inline void go(Fiber& from, Fiber& to) {
   setcontext(&c);
 }
 #endif
-inline void jump(Fiber& from, Fiber& to) {
-#if MP_ASAN
-  __sanitizer_start_switch_fiber(&from.fake, to.bottom, to.bytes);
-#endif
-  go(from, to);
-#if MP_ASAN
-  __sanitizer_finish_switch_fiber(from.fake, nullptr, nullptr);
-#endif
-}
 
 // -- A block: its threads, its warps, and whose turn it is --
+struct Launch {
+  dim3 grid, block;
+  std::function<void()> kernel;  // with its arguments
+};
 struct Barrier {
   int arrived = 0, passed = 0;
-  unsigned mask = 0;
-  const char* what = nullptr;
-};
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes, commit;
+  const char* what = "";  // the instruction that its threads wait in
+  void open() { arrived = 0, passed++; }
 };
 struct Thread {
-  uint3 index;
   Fiber* fiber;
-  Barrier* at;
+  Barrier* at = nullptr;
   int passed, commits;
-  std::vector<Copy> copies;  // under way
+  std::multimap<int, std::function<void()>> copies;  // under way, by their commit
 };
 struct Warp {
-  Barrier barrier[32];  // one for each mask that lanes wait with
+  std::map<unsigned, Barrier> barrier;  // one for each mask that lanes wait with
   void* lane[32];
 };
 struct Block {
-  void (*body)(void*);
-  void* kernel;
+  const Launch* launch;
   int size = 0, begun = 0, alive = 0, me = 0, turn = 0;  // turn: a place in `queue`
-  dim3 dim{0, 0, 0};
   std::vector<Thread> thread;
   std::vector<int> queue;  // thread numbers in the order in which they begin
   std::vector<Warp> warp;
-  std::vector<void*> poisoned;  // the __shared__ arrays met so far
+  std::set<void*> poisoned;  // the __shared__ arrays met so far
   Barrier all;
-  Fiber os;                                    // the OS thread's own stack
-  std::vector<std::unique_ptr<Fiber>> fibers;  // every one ever made
-  std::vector<Fiber*> idle;                    // those without a thread now
+  Fiber os, *running = &os;  // the OS thread's own stack; the one in use
+  std::deque<Fiber> fibers;  // [i] begins the next thread of the queue when thread i of it waits
 };
 inline thread_local Block* now = nullptr;
+inline Thread& this_thread() { return now->thread[now->me]; }
 
 [[noreturn]] inline void die(const char* why) {
   std::fprintf(stderr, "block (%u,%u,%u), thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, now->me, why);
@@ -600,173 +563,129 @@ inline thread_local Block* now = nullptr;
     if (now->thread[i].at) std::fprintf(stderr, "  thread %d waits in %s\n", i, now->thread[i].at->what), shown++;
   std::abort();  // here a debugger shows every stack
 }
-inline Fiber* ready_fiber() {  // of the next thread that need not wait any more
+inline Fiber& next_fiber() {  // of a thread that need not wait any more, or one that begins the next thread
   Block& b = *now;
+  const bool all_begun = b.begun == b.size;
   if (order != forward) b.turn = b.size - 1;  // search from the head: the first threads run far ahead of the others
-  for (int i = 0; i < b.size; i++) {
+  for (int i = 0; i < b.size && (all_begun || order != forward); i++) {
     if (++b.turn >= b.size) b.turn = 0;
-    Thread& t = b.thread[b.queue[b.turn]];
-    if (t.at && t.at->passed != t.passed) return t.fiber;
+    const Thread& t = b.thread[b.queue[b.turn]];
+    if (t.at && t.at->passed != t.passed) return *t.fiber;
   }
-  return nullptr;
+  if (all_begun && b.alive) die("the threads wait for each other (a barrier that not all of them reach?)");
+  if (all_begun) return b.os;
+  while (int(b.fibers.size()) < b.begun) b.fibers.emplace_back(b.fibers.size());
+  return b.fibers[b.begun - 1];
 }
-inline Fiber* new_fiber(Block& b) {
-  b.fibers.push_back(std::make_unique<Fiber>());
-  Fiber& f = *b.fibers.back();
-  f.memory.reset(new char[stack_bytes + 8192]);
-  const uintptr_t start = ((uintptr_t)f.memory.get() + 4095) & ~(uintptr_t)4095;
-  f.bottom = (void*)(start + b.fibers.size() % 4 * 1088);  // staggered, or the busiest lines would share a cache set
-  (void)VALGRIND_STACK_REGISTER(f.bottom, (char*)f.bottom + stack_bytes);
-  return &f;
+inline void jump() {
+  Fiber &from = *now->running, &to = next_fiber();
+  now->running = &to;
+  __sanitizer_start_switch_fiber(&from.fake, to.bottom, to.bytes);
+  go(from, to);
+  __sanitizer_finish_switch_fiber(from.fake, nullptr, nullptr);
 }
-inline Fiber& next_fiber() {
-  Block& b = *now;
-  if (order != forward)
-    if (Fiber* f = ready_fiber()) return *f;
-  if (b.begun < b.size) {  // one that starts further threads
-    if (b.idle.empty()) return *new_fiber(b);
-    Fiber* f = b.idle.back();
-    b.idle.pop_back();
-    return *f;
-  }
-  if (Fiber* f = ready_fiber()) return *f;
-  if (b.alive) die("the threads wait for each other (a barrier that not all of them reach?)");
-  return b.os;
-}
-inline void wait_at(Barrier& bar, int expected, const char* what) {
-  Block& b = *now;
-  if (bar.arrived && bar.what != what) die("threads of one warp wait in different instructions");
-  bar.what = what;
-  if (++bar.arrived >= expected) {
-    bar.arrived = 0, bar.passed++;
-    return;
-  }
-  const int me = b.me;
+template <class F = void (*)()> void wait_at(
+    Barrier& barrier, int expected, const char* what, F last = [] {}) {
+  if (barrier.arrived && barrier.what != what && std::strcmp(barrier.what, what))
+    die("threads of one warp wait in different instructions");
+  barrier.what = what;
+  if (++barrier.arrived >= expected) return last(), barrier.open();
+  Thread& t = this_thread();
+  const int me = now->me;
   const uint3 index = threadIdx;
-  Thread& t = b.thread[me];
-  t.at = &bar, t.passed = bar.passed;
-  jump(*t.fiber, next_fiber());
-  t.at = nullptr, b.me = me, threadIdx = index;
+  t.at = &barrier, t.passed = barrier.passed, t.fiber = now->running;
+  jump();
+  t.at = nullptr, now->me = me, threadIdx = index;
 }
-inline void fiber_main() {  // runs threads one after another; a thread that waits keeps the fiber, and another goes on
-#if MP_ASAN
-  const void* bottom;
-  size_t bytes;
-  __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-  if (!now->os.bottom) now->os.bottom = bottom, now->os.bytes = bytes;
-#endif
+inline dim3 place(unsigned i, dim3 size) { return {i % size.x, i / size.x % size.y, i / size.x / size.y}; }
+// One after another; one that waits keeps the stack, and another stack goes on here. A kernel must not throw.
+inline void run_threads() noexcept {
   Block& b = *now;
-  Fiber* self = nullptr;
-  for (auto& f : b.fibers)
-    if ((char*)&self >= (char*)f->bottom && (char*)&self < (char*)f->bottom + f->bytes) self = f.get();
-  for (;;) {
-    while (b.begun < b.size) {
-      b.me = b.queue[b.begun++];
-      Thread& t = b.thread[b.me];
-      t.fiber = self, threadIdx = t.index, t.commits = 0, t.copies.clear();
-      b.body(b.kernel);
-      b.alive--;
-      if (b.all.arrived && b.all.arrived == b.alive) b.all.arrived = 0, b.all.passed++;  // nobody else can come
-    }
-    b.idle.push_back(self);
-    jump(*self, next_fiber());
+  while (b.begun < b.size) {
+    b.me = b.queue[b.begun++], threadIdx = place(b.me, blockDim);
+    this_thread().commits = 0, this_thread().copies.clear();
+    b.launch->kernel();
+    b.alive--;
+    if (b.all.arrived && b.all.arrived == b.alive) b.all.open();  // nobody else can come
   }
 }
-inline void run_block(int number, dim3 grid, dim3 dim, void (*body)(void*), void* kernel) {
+inline void fiber_main() {
+  [[maybe_unused]] Fiber& os = now->os;  // where the first one comes from
+  __sanitizer_finish_switch_fiber(nullptr, os.bottom ? nullptr : &os.bottom, os.bottom ? nullptr : &os.bytes);
+  for (;; jump()) run_threads();
+}
+inline int count(dim3 size) { return int(size.x * size.y * size.z); }
+inline void run_block(int number, const Launch& launch) {
   static thread_local Block block;
-  Block& b = block;
-  now = &b;
-  if (dim.x != b.dim.x || dim.y != b.dim.y || dim.z != b.dim.z) {
-    b.dim = dim, b.size = int(dim.x * dim.y * dim.z);
-    b.thread.assign(b.size, {}), b.queue.resize(b.size), b.warp.assign((b.size + 31) / 32, {});
-    for (int i = 0; i < b.size; i++) b.thread[i].index = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
-  }
-  const int n = b.size, blocks = int(grid.x * grid.y * grid.z);
+  Block& b = *(now = &block);
+  const int n = count(launch.block), blocks = count(launch.grid);
   if (order == backward) number = blocks - 1 - number;
   if (order == shuffled) number = int((number + 7919ull * seed) % blocks);
-  for (int i = 0; i < n; i++) b.queue[i] = order == backward ? n - 1 - i : i;
-  unsigned random = seed * 2654435761u + number * 40503u + 12345;
-  for (int i = n - 1; order == shuffled && i > 0; i--)
-    random = random * 1664525u + 1013904223u, std::swap(b.queue[i], b.queue[(random >> 8) % (i + 1)]);
-  blockIdx = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
-  gridDim = grid, blockDim = dim;
-  b.body = body, b.kernel = kernel, b.begun = 0, b.alive = n, b.turn = n - 1;
-  b.poisoned.clear();
-  jump(b.os, next_fiber());
+  gridDim = launch.grid, blockDim = launch.block, blockIdx = place(number, gridDim);
+  b.launch = &launch, b.size = b.alive = n, b.begun = 0, b.turn = n - 1;
+  b.thread.resize(n), b.queue.resize(n), b.warp.resize((n + 31) / 32), b.poisoned.clear();
+  std::iota(b.queue.begin(), b.queue.end(), 0);
+  if (order == backward) std::reverse(b.queue.begin(), b.queue.end());
+  if (order == shuffled) std::shuffle(b.queue.begin(), b.queue.end(), std::minstd_rand(seed * 40503u + number));
+  run_threads();
+  if (b.alive) jump();  // back when the last thread has ended
 }
 
 // -- The pool: whoever is free takes the next block --
 struct Pool {
-  std::atomic<int> left{0}, unfinished{0}, asleep{0};
-  std::atomic<bool> quit{false};
+  std::atomic<int> left{0}, unfinished{0};  // blocks that nobody has taken, below 0 at the pool's end; that still run
   std::mutex mutex;
   std::condition_variable wake;
   std::vector<std::thread> helpers;
-  dim3 grid, dim;
-  int blocks = 0;
-  void (*body)(void*) = nullptr;
-  void* kernel = nullptr;
+  const Launch* launch = nullptr;
   explicit Pool(int workers) {
-#if MP_ASAN
-    workers = 1;
-#endif
-    while (--workers > 0) helpers.emplace_back([this] { help(); });
+    for (int i = 1; i < std::min(workers, most_os_threads); i++) helpers.emplace_back([this] { help(); });
   }
   ~Pool() {
-    mutex.lock(), quit = true, mutex.unlock();  // nobody is between its look at `quit` and its sleep
-    wake.notify_all();
+    tell(-1);
     for (auto& h : helpers) h.join();
   }
-  static void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
+  void tell(int blocks) {
+    const std::lock_guard<std::mutex> lock(mutex);  // nobody is between a look at `left` and sleep
+    left = blocks;
+    wake.notify_all();
   }
   void work() {
     for (int n = left; n > 0;)
-      if (left.compare_exchange_weak(n, n - 1)) run_block(blocks - n, grid, dim, body, kernel), unfinished--, n = left;
+      if (left.compare_exchange_weak(n, n - 1)) run_block(count(launch->grid) - n, *launch), unfinished--, n = left;
   }
   void help() {
-    while (!quit) {
-      for (int spins = 0; spins < 2000 && left <= 0 && !quit; spins++) pause();  // some 50 us, then sleep
-      if (left <= 0) {
-        std::unique_lock<std::mutex> lock(mutex);
-        asleep++;
-        wake.wait(lock, [this] { return left > 0 || quit; });
-        asleep--;
-      }
-      work();
+    for (; left >= 0; work()) {
+      for (int spins = 0; spins < 2000 && left == 0; spins++) std::this_thread::yield();  // some 1 ms, then sleep
+      if (left != 0) continue;
+      std::unique_lock<std::mutex> lock(mutex);
+      wake.wait(lock, [this] { return left != 0; });
     }
   }
-  void run(dim3 g, dim3 d, void (*f)(void*), void* k) {
-    const int count = int(g.x * g.y * g.z);
-    if (count == 1 || helpers.empty()) {  // not worth the telling
-      for (int i = 0; i < count; i++) run_block(i, g, d, f, k);
+  void run(const Launch& l) {
+    const int blocks = count(l.grid);
+    if (blocks == 1 || helpers.empty()) {  // not worth the telling
+      for (int i = 0; i < blocks; i++) run_block(i, l);
       return;
     }
-    grid = g, dim = d, body = f, kernel = k, blocks = count;
-    unfinished = count;
-    left = count;
-    if (asleep > 0) {
-      std::lock_guard<std::mutex> lock(mutex);
-      wake.notify_all();
-    }
+    launch = &l, unfinished = blocks;
+    tell(blocks);
     work();
-    for (int spins = 0; unfinished > 0; spins++) spins < 20000 ? pause() : std::this_thread::yield();
+    while (unfinished > 0) std::this_thread::yield();
   }
 };
 inline std::unique_ptr<Pool>& pool() {  // MP_THREADS=N, else every core
   static std::unique_ptr<Pool> p = [] {
-    const auto number = [](const char* name, const char* s, unsigned long most, const char* what) {
-      char* end = nullptr;
-      const unsigned long n = std::strtoul(s, &end, 10);
-      if (*s < '0' || *s > '9' || *end || n < 1 || n > most) fail("%s=%s: must be %s", name, s, what);
+    const auto number = [](const char* name, const char* s, unsigned most, const char* what) {
+      unsigned n = 0;
+      const auto [end, error] = std::from_chars(s, s + std::strlen(s), n);
+      if (error != std::errc() || *end || n < 1 || n > most) fail("%s=%s: must be %s", name, s, what);
       return n;
     };
     if (const char* s = std::getenv("MP_ORDER")) {
       poison = true;
       order = !std::strcmp(s, "forward") ? forward : !std::strcmp(s, "backward") ? backward : shuffled;
-      if (order == shuffled) seed = unsigned(number("MP_ORDER", s, ~0u, "forward, backward or a seed from 1 up"));
+      if (order == shuffled) seed = number("MP_ORDER", s, ~0u, "forward, backward or a seed from 1 up");
     }
     int workers = int(std::max(1u, std::thread::hardware_concurrency()));
     if (const char* s = std::getenv("MP_THREADS")) workers = int(number("MP_THREADS", s, 1024, "from 1 to 1024"));
@@ -777,45 +696,30 @@ inline std::unique_ptr<Pool>& pool() {  // MP_THREADS=N, else every core
 inline void use_os_threads(int n) { pool().reset(), pool() = std::make_unique<Pool>(n); }
 
 // -- Instructions in which the lanes of a warp meet: the last to come does the work of all --
+inline int lane_id() { return now->me % 32; }
 template <class Lane, class F> void together(unsigned mask, Lane& mine, const char* what, F all_lanes) {
-  Block& b = *now;
-  Warp& w = b.warp[b.me / 32];
-  const int lane = b.me % 32, lanes = std::min(32, b.size - b.me / 32 * 32);
-  mask &= ~0u >> (32 - lanes);
-  if (!(mask >> lane & 1)) die("a lane is not in its own mask");
-  const auto same = [&](const Barrier& other) { return other.arrived && other.mask == mask; };
-  const auto unused = [](const Barrier& other) { return other.arrived == 0; };
-  auto found = std::find_if(w.barrier, w.barrier + 32, same);
-  if (found == w.barrier + 32) found = std::find_if(w.barrier, w.barrier + 32, unused);
-  Barrier& bar = *found;
-  bar.mask = mask, w.lane[lane] = &mine;
-  const int expected = __builtin_popcount(mask);
-  if (bar.arrived + 1 == expected) all_lanes((Lane**)w.lane, mask);
-  wait_at(bar, expected, what);
+  Warp& warp = now->warp[now->me / 32];
+  mask &= ~0u >> std::max(0, 32 - (now->size - now->me + lane_id()));  // the last warp may have fewer lanes
+  if (!(mask >> lane_id() & 1)) die("a lane is not in its own mask");
+  warp.lane[lane_id()] = &mine;
+  wait_at(warp.barrier[mask], __builtin_popcount(mask), what, [&] { all_lanes((Lane**)warp.lane, mask); });
 }
 template <class T> T exchange(unsigned mask, T value, int from, const char* what) {  // what lane `from` brought
   struct Lane {
     T in, out;
     int from;
   } mine{value, value, from};
+  std::memset((void*)&mine.out, 0xff, sizeof(T));  // undefined in CUDA, where no such lane takes part
   together(mask, mine, what, [](Lane** lane, unsigned lanes) {
     for (int i = 0; i < 32; i++)
-      if (lanes >> i & 1) {
-        if (lanes >> lane[i]->from & 1) lane[i]->out = lane[lane[i]->from]->in;
-        else std::memset((void*)&lane[i]->out, 0xff, sizeof(T));  // undefined in CUDA
-      }
+      if ((lanes >> i & 1) && (lanes >> lane[i]->from & 1)) lane[i]->out = lane[lane[i]->from]->in;
   });
   return mine.out;
 }
-inline int lane_id() { return now->me % 32; }
 }  // namespace cpu
 
 template <class T> void poison_shared(T& array) {  // the first thread of a block to come fills it with NaN
-  if (!cpu::poison) return;
-  auto& done = cpu::now->poisoned;
-  if (std::find(done.begin(), done.end(), (void*)&array) != done.end()) return;
-  std::memset((void*)&array, 0xff, sizeof(T));
-  done.push_back((void*)&array);
+  if (cpu::poison && cpu::now->poisoned.insert(&array).second) std::memset((void*)&array, 0xff, sizeof(T));
 }
 inline void __syncthreads() { cpu::wait_at(cpu::now->all, cpu::now->alive, "__syncthreads"); }
 inline void __syncwarp(unsigned mask = ~0u) { cpu::exchange(mask, 0, cpu::lane_id(), "__syncwarp"); }
@@ -870,19 +774,15 @@ template <class T> void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const
 inline void copy_16_bytes_async(void* to, const void* from, int bytes) {
   if ((uintptr_t(to) | uintptr_t(from)) % 16 || bytes < 0 || bytes > 16)
     cpu::die("copy_16_bytes_async: an address is no multiple of 16 bytes, or the count is wrong");
-  cpu::Thread& t = cpu::now->thread[cpu::now->me];
   std::memset(to, 0xff, 16);
-  t.copies.push_back({to, from, bytes, t.commits});
+  const auto land = [=] { std::memcpy(to, from, bytes), std::memset((char*)to + bytes, 0, 16 - bytes); };
+  cpu::this_thread().copies.emplace(cpu::this_thread().commits, land);
 }
-inline void copy_commit() { cpu::now->thread[cpu::now->me].commits++; }
+inline void copy_commit() { cpu::this_thread().commits++; }
 template <int n> void copy_wait() {
-  cpu::Thread& t = cpu::now->thread[cpu::now->me];
-  size_t done = 0;
-  for (; done < t.copies.size() && t.copies[done].commit < t.commits - n; done++) {
-    const cpu::Copy& c = t.copies[done];
-    std::memcpy(c.to, c.from, c.bytes), std::memset((char*)c.to + c.bytes, 0, 16 - c.bytes);
-  }
-  t.copies.erase(t.copies.begin(), t.copies.begin() + done);
+  auto& copies = cpu::this_thread().copies;
+  const auto newest = copies.lower_bound(cpu::this_thread().commits - n);
+  for (auto c = copies.begin(); c != newest; c = copies.erase(c)) c->second();
 }
 inline int multiprocessors() { return 1; }  // a product is not split for a CPU's few cores
 constexpr bool real_tensor_cores = false, launches_wait = true;
@@ -891,9 +791,7 @@ struct Graph {};
 template <class F> void replay(Graph&, F step) { step(); }  // a launch costs next to nothing here
 inline int atomicOr(int* p, int v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
-  auto body = [&] { kernel(args...); };
-  cpu::pool()->run(
-      grid, block, [](void* f) { (*(decltype(body)*)f)(); }, &body);
+  cpu::pool()->run({grid, block, [&] { kernel(args...); }});
 }
 inline std::string machine() {
   const size_t n = cpu::pool()->helpers.size() + 1;

@@ -1643,6 +1643,11 @@ __global__ void overlapping_masks_kernel() {  // correct: all 32 lanes meet afte
   if (threadIdx.x < 16) __shfl_down_sync(0xffffu, 1, 8);
   __syncwarp();
 }
+__global__ void overflow_kernel() {  // more than the stack of any thread but the first, which has the OS thread's
+  volatile char large[80 * 1024];
+  large[threadIdx.x] = 1;
+  if (large[threadIdx.x]) __syncthreads();
+}
 
 // How many orders of threads change what `work` leaves: none, unless a barrier is missing
 static int orders_that_differ(const std::vector<int>& want, const std::function<std::vector<int>()>& work) {
@@ -1662,7 +1667,8 @@ static std::string last_words(void (*kernel)(), cpu::Order order = cpu::forward)
   const pid_t child = fork();
   if (child == 0) {
     const rlimit no_core = {0, 0};
-    setrlimit(RLIMIT_CORE, &no_core), std::signal(SIGABRT, SIG_DFL);  // not doctest's business
+    setrlimit(RLIMIT_CORE, &no_core);
+    for (int died : {SIGABRT, SIGSEGV}) std::signal(died, SIG_DFL);  // not doctest's business
     dup2(ends[1], 2), alarm(60);
     cpu::order = order;
     launch(kernel, 1, 32);
@@ -1881,6 +1887,7 @@ TEST_SUITE("cuda_on_a_cpu") {
     contains(last_words(not_in_mask_kernel), "not in its own mask");
     contains(last_words(two_instructions_kernel), "different instructions");
     contains(last_words(good_kernel), "went on");
+    CHECK(last_words(overflow_kernel).find("went on") == std::string::npos);
   }
   TEST_CASE("lanes may wait with a mask of all while others are busy with a mask of some") {
     for (cpu::Order order : {cpu::forward, cpu::backward, cpu::shuffled})
