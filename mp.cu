@@ -3,7 +3,7 @@
 // article's equations.
 //
 // It does: fp16 or bf16 storage and arithmetic with fp32 sums, fp32 master weights, dynamic loss scaling, plain SGD.
-// It refuses: convolutions, other optimizers, several GPUs, a framework. At most 700 lines of method and 1,800 in all.
+// It refuses: convolutions, other optimizers, several GPUs, a framework. 750 lines of method come first, at most.
 //
 //   make run                    builds it and learns the digits in data/, with a GPU or without
 //   make test                   proves it
@@ -265,29 +265,9 @@ void loss(Mlp& net, LossScaler& scaler) {
 }
 
 // ==== 4.2.1 E2: forward, z = a W^T + b, a = f(z) =====================================================================
-// Where a layer's type is not that of the one before (--precision auto), what passes between them is converted.
-template <class From, class To> __global__ void convert_kernel(const From* from, To* to, int n) {
-  const Share share = my_share(n);
-  for (int i = share.begin; i < share.end; i += share.step) {
-    float x[8];
-    load(from + i, x);
-    store(to + i, x);
-  }
-}
-static void convert(const Tensor& from, const Tensor& to) {  // of one shape
-  const int n = from.rows * from.stride;
-  with_type(from.type, [&](auto x) {
-    with_type(to.type, [&](auto y) {
-      using From = decltype(x);
-      using To = decltype(y);
-      launch_elements(convert_kernel<From, To>, n, from.as<From>(), to.as<To>(), n);
-    });
-  });
-}
-// a of the layer before, in this layer's type
-static const Tensor& input_of(const Mlp& net, int l) {
-  return net.layer[l].input.memory ? net.layer[l].input : net.layer[l - 1].a;
-}
+// Under --precision auto a layer may have another type than its neighbour (section 3.2 step 6 below):
+static void convert(const Tensor& from, const Tensor& to);
+static const Tensor& input_of(const Mlp& net, int l);  // a of the layer before, in this layer's type
 // The article's z = W a for a batch of rows, with the bias and the activation that it leaves out. z itself is not kept:
 // it is the argument of f alone, and ReLU's derivative can be read off a.
 void forward(Mlp& net, int l) {
@@ -580,8 +560,8 @@ template <class T> __global__ void add_parts_kernel(Operands p, int splits) {
   }
 }
 static float* room_for_parts(size_t count);
-template <class T>
-static void launch_split(void (*kernel)(Operands), Operands p, int BM, int BN, int BK, int threads, int splits) {
+template <class T, int BM, int BN, int BK>
+static void launch_split(void (*kernel)(Operands), Operands p, int threads, int splits) {
   dim3 grid(unsigned(p.N + BN - 1) / BN, unsigned(p.M + BM - 1) / BM);
   const int steps = (p.K + BK - 1) / BK, busy = multiprocessors() / int(grid.x * grid.y);
   if (splits < 1) splits = std::min(busy, steps / 2);
@@ -633,11 +613,11 @@ void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
       using T = decltype(zero);
       constexpr int per_thread = 8 * WIDES * WIDE;
       if (large)
-        launch_split<T>(gemm_tiled_kernel<known.value, T, LARGE, LARGE, DEPTH>, p, LARGE, LARGE, DEPTH,
-                        LARGE * LARGE / per_thread, splits);
+        launch_split<T, LARGE, LARGE, DEPTH>(gemm_tiled_kernel<known.value, T, LARGE, LARGE, DEPTH>, p,
+                                             LARGE * LARGE / per_thread, splits);
       else
-        launch_split<T>(gemm_tiled_kernel<known.value, T, SMALL, SMALL, DEPTH>, p, SMALL, SMALL, DEPTH,
-                        SMALL * SMALL / per_thread, splits);
+        launch_split<T, SMALL, SMALL, DEPTH>(gemm_tiled_kernel<known.value, T, SMALL, SMALL, DEPTH>, p,
+                                             SMALL * SMALL / per_thread, splits);
     });
   });
 }
@@ -651,25 +631,20 @@ void gemm_mma(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, 
   const auto multiply = [&](auto zero) {
     with_layout(layout, [&](auto known) {
       using T = decltype(zero);
-      if (large) launch_split<T>(gemm_mma_kernel<known.value, T, 128, 64, 2>, p, 128, 64, 64, mma_threads, splits);
-      else launch_split<T>(gemm_mma_kernel<known.value, T, 64, 64, 3>, p, 64, 64, 64, mma_threads, splits);
+      if (large) launch_split<T, 128, 64, 64>(gemm_mma_kernel<known.value, T, 128, 64, 2>, p, mma_threads, splits);
+      else launch_split<T, 64, 64, 64>(gemm_mma_kernel<known.value, T, 64, 64, 3>, p, mma_threads, splits);
     });
   };
   C.type == Type::fp16 ? multiply(half{}) : multiply(bfloat16{});
 }
 // The rung that training climbs to.
 void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue) {
-  static const std::string rung = [] {
-    const char* wanted = std::getenv("MP_GEMM");
-    const std::string name = wanted ? wanted : "";
-    if (wanted && name != "naive" && name != "tiled" && name != "mma")
-      fail("MP_GEMM=%s: must be naive, tiled or mma", wanted);
-    return name;
-  }();
+  static const char* const wanted = std::getenv("MP_GEMM");
+  static const std::string rung = wanted ? wanted : real_tensor_cores ? "mma" : "tiled";
   if (rung == "naive") gemm_naive(layout, A, B, C, epilogue);
-  else if (tensor_cores(C.type) && (rung == "mma" || (rung.empty() && real_tensor_cores)))
-    gemm_mma(layout, A, B, C, epilogue);
-  else gemm_tiled(layout, A, B, C, epilogue);
+  else if (rung == "mma" && tensor_cores(C.type)) gemm_mma(layout, A, B, C, epilogue);
+  else if (rung == "mma" || rung == "tiled") gemm_tiled(layout, A, B, C, epilogue);
+  else fail("MP_GEMM=%s: must be naive, tiled or mma", wanted);
 }
 
 // ==== 3.1 Loss scaling ===============================================================================================
@@ -1008,6 +983,28 @@ std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
 // Dynamic precision. The article adjusts the shares of 16 and 32 bits by the loss of precision seen, and gives no
 // method. Here: once an epoch a batch goes forward and backward in fp32 throughout (probe), the exponents of what it
 // leaves are counted, and a layer whose numbers fp16 cannot hold (trouble) moves to fp32 until that is over.
+// Where a layer's type is not that of the one before, what passes between them is converted.
+template <class From, class To> __global__ void convert_kernel(const From* from, To* to, int n) {
+  const Share share = my_share(n);
+  for (int i = share.begin; i < share.end; i += share.step) {
+    float x[8];
+    load(from + i, x);
+    store(to + i, x);
+  }
+}
+static void convert(const Tensor& from, const Tensor& to) {  // of one shape
+  const int n = from.rows * from.stride;
+  with_type(from.type, [&](auto x) {
+    with_type(to.type, [&](auto y) {
+      using From = decltype(x);
+      using To = decltype(y);
+      launch_elements(convert_kernel<From, To>, n, from.as<From>(), to.as<To>(), n);
+    });
+  });
+}
+static const Tensor& input_of(const Mlp& net, int l) {
+  return net.layer[l].input.memory ? net.layer[l].input : net.layer[l - 1].a;
+}
 void Exponents::add(const Tensor& t, double factor) {
   for (const float value : to_host(t)) {
     const float x = float(std::fabs(value * factor));
