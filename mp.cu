@@ -980,10 +980,7 @@ std::vector<int> predict(Mlp& net, const std::vector<uint8_t>& pixels) {
   return answer;
 }
 
-// Dynamic precision. The article adjusts the shares of 16 and 32 bits by the loss of precision seen, and gives no
-// method. Here: once an epoch a batch goes forward and backward in fp32 throughout (probe), the exponents of what it
-// leaves are counted, and a layer whose numbers fp16 cannot hold (trouble) moves to fp32 until that is over.
-// Where a layer's type is not that of the one before, what passes between them is converted.
+// Each layer has a type of its own. Where it is not the one before's, what passes between them is converted.
 template <class From, class To> __global__ void convert_kernel(const From* from, To* to, int n) {
   const Share share = my_share(n);
   for (int i = share.begin; i < share.end; i += share.step) {
@@ -1005,6 +1002,9 @@ static void convert(const Tensor& from, const Tensor& to) {  // of one shape
 static const Tensor& input_of(const Mlp& net, int l) {
   return net.layer[l].input.memory ? net.layer[l].input : net.layer[l - 1].a;
 }
+// Dynamic precision. The article adjusts the shares of 16 and 32 bits by the loss of precision seen, and gives no
+// method. Here: once an epoch a batch goes forward and backward in fp32 throughout (probe), the exponents of what it
+// leaves are counted, and a layer whose numbers fp16 cannot hold (trouble) moves to fp32 until that is over.
 void Exponents::add(const Tensor& t, double factor) {
   for (const float value : to_host(t)) {
     const float x = float(std::fabs(value * factor));
@@ -2359,14 +2359,22 @@ static Tensor random_tensor(int rows, int cols, Type type) {
   const Tensor t = make_tensor(rows, cols, type);
   return to_device(values, t), t;
 }
-static double peak_flops() {
+static void csv_row(const std::string& what, Type type, const char* rung, const Seconds& s, double rate,
+                    const Footprint& b = {}) {
+  printf("%s,%s,%s,%.9g,%.9g,%.9g,%.6g,%zu,%zu,%zu,%zu\n", what.c_str(), type_names[int(type)].c_str(), rung, s.median,
+         s.least, s.most, rate, b.weights, b.master, b.activations, b.gradients);
+}
+static double peak_flops(bool csv) {
   const int threads = 64 * multiprocessors() * element_threads, rounds = 20000;
   const Tensor random = random_tensor(1, peak_sums * WIDE, Type::fp32);
   const auto out = device_array<float>(size_t(threads));
   const Seconds s = time_of(1, [&] {
     launch(peak_kernel, threads / element_threads, element_threads, random.as<const float>(), 1e-9f, rounds, out.get());
   });
-  return 2.0 * peak_sums * WIDE * rounds * threads / s.median;
+  const double peak = 2.0 * peak_sums * WIDE * rounds * threads / s.median;
+  if (csv) csv_row("peak,,,,", Type::fp32, "", s, peak);
+  else printf("peak of fp32 multiply-adds, measured: %.1f GFLOP/s\n", peak * 1e-9);
+  return peak;
 }
 
 struct Rung {
@@ -2391,10 +2399,6 @@ static const Rung yardstick = {"cuBLAS", cublas};
 #else
 static const Rung yardstick = {"cuBLAS", nullptr};
 #endif
-static void csv_row(const std::string& what, Type type, const char* rung, const Seconds& s, double rate) {
-  printf("%s,%s,%s,%.9g,%.9g,%.9g,%.6g\n", what.c_str(), type_names[int(type)].c_str(), rung, s.median, s.least, s.most,
-         rate);
-}
 // A product by every rung: rate, share of the peak and of cuBLAS. Small ones are recorded by the dozen, as in training:
 // on a GPU a launch takes longer than they do.
 static void bench_product(Layout layout, int M, int N, int K, Type type, double peak, bool csv) {
@@ -2462,7 +2466,7 @@ static void bench_step(const std::vector<int>& sizes, int full_batch, double rat
     });
     const Footprint b = footprint(net);
     time[int(type)] = s.median, kept_bytes[int(type)] = double(b.activations + b.gradients);
-    if (csv) csv_row(format("step,%s,%d,,", layers.c_str(), batch), type, "", s, batch / s.median);
+    if (csv) csv_row(format("step,%s,%d,,", layers.c_str(), batch), type, "", s, batch / s.median, b);
     else
       printf("%-19s %5d  %s %10.0f (%.0f to %.0f) %10.0f %9.2f %7.2f %11.2f %9.2f\n", layers.c_str(), batch,
              type_names[int(type)].c_str(), s.median * 1e6, s.least * 1e6, s.most * 1e6, batch / s.median,
@@ -2476,9 +2480,10 @@ static void bench_step(const std::vector<int>& sizes, int full_batch, double rat
            full_batch, full_batch * flops / rate);
 }
 static int bench(bool csv) {
-  const double peak = peak_flops();
-  if (csv) printf("what,layout or layers,M or batch,N,K,type,rung,median s,least s,most s,FLOP/s or images/s\n");
-  else printf("%s\npeak of fp32 multiply-adds, measured: %.1f GFLOP/s\n", machine().c_str(), peak * 1e-9);
+  printf("%s\n", csv ? "what,layout or layers,M or batch,N,K,type,rung,median s,least s,most s,FLOP/s or images/s,"
+                       "bytes of weights,master,activations,gradients"
+                     : machine().c_str());
+  const double peak = peak_flops(csv);
   const auto products = [&](Layout layout, int M, int N, int K) {
     for (Type type : {Type::fp32, Type::fp16, Type::bf16}) bench_product(layout, M, N, K, type, peak, csv);
   };
