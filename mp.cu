@@ -2712,7 +2712,7 @@ static int run_command(std::vector<std::string> words) {
   if (command == "article") return article();
   const bool csv = words == std::vector<std::string>{"--csv"};
   if (command == "bench" && !csv && !words.empty()) misuse("bench takes no option but --csv");
-  if (command == "bench") return bench(csv);
+  if (command == "bench") return machine(), bench(csv);
   const bool plain = command == "train", comparing = command == "compare";
   if (!plain && !comparing && command != "test" && command != "histogram" && command != "predict")
     misuse("unknown command '" + command + "'");
