@@ -838,7 +838,7 @@ __attribute__((format(printf, 1, 2))) static std::string format(const char* word
 }
 
 #define CHECK(call) check(call, #call, __FILE__, __LINE__)
-static void check(cudaError_t error, const char* call, const char* file, int line) {
+void check(cudaError_t error, const char* call, const char* file, int line) {
   if (error == cudaSuccess) return;
   fail(
       "the device failed: %s (%s:%d: %s); what --save wrote last is whole: go on from it with --resume; "

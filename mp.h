@@ -291,6 +291,8 @@ template <int n> __device__ __forceinline__ void copy_wait() {
 #endif
 }
 
+// mp.cu's word on an error of the runtime; of a kernel or a recorded step, too, for what fails there shows in a later call
+void check(cudaError_t error, const char* call, const char* file, int line);
 inline int device_attribute(cudaDeviceAttr what) {
   int device = 0, value = 0;
   cudaGetDevice(&device), cudaDeviceGetAttribute(&value, what, device);
@@ -309,7 +311,7 @@ inline int compute_capability() {  // 75 for sm_75
 inline cudaStream_t stream() {  // one, for only a stream of one's own can be captured; copies wait for it
   static const cudaStream_t s = [] {
     cudaStream_t made = nullptr;
-    if (cudaStreamCreate(&made) != cudaSuccess) fail("no CUDA stream: %s", cudaGetErrorString(cudaGetLastError()));
+    check(cudaStreamCreate(&made), "cudaStreamCreate", __FILE__, __LINE__);
     return made;
   }();
   return s;
@@ -320,9 +322,7 @@ struct Graph {
   std::shared_ptr<std::remove_pointer_t<cudaGraphExec_t>> recorded;
 };
 template <class F> void replay(Graph& graph, F step) {
-  const auto must = [](cudaError_t error) {
-    if (error != cudaSuccess) fail("the training step cannot be recorded or replayed: %s", cudaGetErrorString(error));
-  };
+  const auto must = [](cudaError_t error) { check(error, "a recorded step", __FILE__, __LINE__); };
   if (!graph.warm) return graph.warm = true, step();  // what it allocates must be there before the recording
   if (!graph.recorded) {
     cudaGraph_t nodes;
@@ -338,8 +338,7 @@ template <class F> void replay(Graph& graph, F step) {
 }
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
   kernel<<<grid, block, 0, stream()>>>(args...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) fail("a kernel did not start: %s", cudaGetErrorString(error));
+  check(cudaGetLastError(), "a kernel's start", __FILE__, __LINE__);
 }
 inline std::string machine() {
   int device = 0;
