@@ -812,7 +812,7 @@ __attribute__((format(printf, 1, 2))) static std::string format(const char* word
 }
 
 #define CHECK(call) check(call, #call, __FILE__, __LINE__)
-static void check(cudaError_t error, const char* call, const char* file, int line) {
+void check(cudaError_t error, const char* call, const char* file, int line) {
   if (error == cudaSuccess) return;
   fail(
       "the device failed: %s (%s:%d: %s); what --save wrote last is whole: go on from it with --resume; "
@@ -2691,7 +2691,7 @@ static int run_command(std::vector<std::string> words) {
   if (command == "article") return article();
   const bool csv = words == std::vector<std::string>{"--csv"};
   if (command == "bench" && !csv && !words.empty()) misuse("bench takes no option but --csv");
-  if (command == "bench") return bench(csv);
+  if (command == "bench") return machine(), bench(csv);
   const bool plain = command == "train", comparing = command == "compare";
   if (!plain && !comparing && command != "test" && command != "histogram" && command != "predict")
     misuse("unknown command '" + command + "'");

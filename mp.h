@@ -282,6 +282,8 @@ template <int n> __device__ __forceinline__ void copy_wait() {}
 #endif
 // clang-format on
 
+// mp.cu's word on an error of the runtime; of a kernel or a recorded step, too, for what fails there shows in a later call
+void check(cudaError_t error, const char* call, const char* file, int line);
 constexpr bool real_tensor_cores = true, launches_wait = false;  // launch() returns before the kernel has run
 inline const cudaDeviceProp& device() {
   static const cudaDeviceProp found = [] {
@@ -299,7 +301,7 @@ inline int multiprocessors() { return device().multiProcessorCount; }
 inline int compute_capability() { return 10 * device().major + device().minor; }  // 75 for sm_75
 inline cudaStream_t stream() {  // one, for only a stream of one's own can be captured; copies wait for it
   static cudaStream_t s = nullptr;
-  if (!s && cudaStreamCreate(&s) != cudaSuccess) fail("no CUDA stream: %s", cudaGetErrorString(cudaGetLastError()));
+  if (!s) check(cudaStreamCreate(&s), "cudaStreamCreate", __FILE__, __LINE__);
   return s;
 }
 // A step launched again and again: plainly the first time, then recorded, and from then on replayed as a whole.
@@ -308,9 +310,7 @@ struct Graph {
   std::shared_ptr<std::remove_pointer_t<cudaGraphExec_t>> recorded;
 };
 template <class F> void replay(Graph& graph, F step) {
-  const auto must = [](cudaError_t error) {
-    if (error != cudaSuccess) fail("the training step cannot be recorded or replayed: %s", cudaGetErrorString(error));
-  };
+  const auto must = [](cudaError_t error) { check(error, "a recorded step", __FILE__, __LINE__); };
   if (!graph.warm) return graph.warm = true, step();  // what it allocates must be there before the recording
   if (!graph.recorded) {
     cudaGraph_t nodes;
@@ -326,8 +326,7 @@ template <class F> void replay(Graph& graph, F step) {
 }
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
   kernel<<<grid, block, 0, stream()>>>(args...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) fail("a kernel did not start: %s", cudaGetErrorString(error));
+  check(cudaGetLastError(), "a kernel's start", __FILE__, __LINE__);
 }
 #endif
 
