@@ -2781,7 +2781,9 @@ TEST_SUITE("histogram") {
     const Outcome o =
         w.run("histogram --data . --layers 16,8,10 --batch 10 --svg h.svg", "unset LC_CTYPE LANG; LC_ALL=C");
     check_success(o);
-    check_words(o.out, {"1 a ", "1 delta without loss scale", "2 dW    times 65536", "wrote h.svg"});
+    check_words(
+        o.out,
+        {"layer 1, a, values: ", "layer 1, delta, without loss scale: ", "layer 2, dW, times 65536: ", "wrote h.svg"});
     CHECK(o.out.find("\033") == string::npos);
     CHECK(o.out.find("▁") == string::npos);
     check_words(w.get("h.svg"), {"<svg", "prefers-color-scheme:dark", "subnormal", "layer 2, dW", "</svg>"});
