@@ -11,6 +11,7 @@
 //
 // The same kernels run on an NVIDIA GPU and, thread by thread, on a CPU: mp.h, part 2. Start reading at train_step().
 #include <fcntl.h>
+#include <math.h>  // not cmath: isnan and its like without std::, as in CUDA
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -20,7 +21,6 @@
 #include <charconv>
 #include <chrono>
 #include <climits>
-#include <cmath>
 #include <csignal>
 #include <cstdarg>
 #include <cstdio>
