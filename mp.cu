@@ -11,6 +11,7 @@
 //
 // The same kernels run on an NVIDIA GPU and, thread by thread, on a CPU: mp.h, part 2. Start reading at train_step().
 #include <fcntl.h>
+#include <math.h>  // not cmath: isnan and its like without std::, as in CUDA
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -20,7 +21,6 @@
 #include <charconv>
 #include <chrono>
 #include <climits>
-#include <cmath>
 #include <csignal>
 #include <cstdarg>
 #include <cstdio>
@@ -2054,7 +2054,7 @@ static void draw(const Plot& p) {  // curves, in the terminal
     }
     printf("\n");
   }
-  std::string line, axis(size_t(places * wide) + 8, ' ');
+  std::string line, axis(size_t(places * wide), ' ');
   for (int i = 0; i < places * wide; i++) line += utf8() ? "─" : "-";
   for (int at = 0; at < places; at++) axis.replace(size_t(at * wide + wide / 2), p.ticks[at].size(), p.ticks[at]);
   printf("%7s%s%s\n%8s%s\n%8s%s\n", "", utf8() ? "└" : "+", line.c_str(), "", axis.c_str(), "", p.x.c_str());
@@ -2242,8 +2242,8 @@ static int histogram(const Options& o, const Dataset& data) {
                                             {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"}};
   const int low = -40, high = 18;  // of the picture
   std::vector<Plot> plots;
-  printf("layer, tensor              %-15s|%-11s|%-30s|   zero  subn.  overflow\n", "2^-40 fp16: 0", "subnormal",
-         "normal, 2^-14 to 65504");
+  printf("Exponents in fp32; height: share of the non-zero values. In fp16 they are\n%-15s|%-11s|%-30s|inf\n",
+         "2^-40: 0", "subnormal", "normal, 2^-14 to 65504");
   for (int l = 1; l <= run.t.net.L; l++)
     for (const auto& [name, tensor] : tensors) {
       Plot p = {format("layer %d, %s", l, name), "exponent: |value| from 2^x", "per cent", {}, {}, {}, 10, true};
@@ -2261,9 +2261,9 @@ static int histogram(const Options& o, const Dataset& data) {
           if (x == -25 || x == -14 || x == 16) picture += utf8() ? "│" : "|";
           picture += heights[utf8()][n > 0 ? 1 + std::min(int(c.y.back() / 2.5), 7) : 0];
         }
-        printf("%d %-5s %-18s %s %5.1f%% %5.1f%% %5.1f%%\n", l, name, c.name.c_str(), picture.c_str(),
-               double(e.between(Exponents::lowest, -25)) / one_percent, double(e.between(-25, -14)) / one_percent,
-               double(e.overflow) / one_percent);
+        printf("%s\nlayer %d, %s, %s: %.1f%% to zero, %.1f%% subnormal, %.1f%% overflow\n", picture.c_str(), l, name,
+               c.name.c_str(), double(e.between(Exponents::lowest, -25)) / one_percent,
+               double(e.between(-25, -14)) / one_percent, double(e.overflow) / one_percent);
         p.curves.push_back(c);
       }
       plots.push_back(p);

@@ -168,7 +168,7 @@ struct ForStudents : doctest::IReporter {
     if (!a.m_failed) return;
     std::ostringstream why;
     for (int i = 0; i < get_num_active_contexts(); i++) get_active_contexts()[i]->stringify(&why), why << "\n";
-    if (why.tellp() <= 0)
+    if (why.tellp() <= 0 || strchr(a.m_expr, ' '))  // a Tally's words say it all; of a step's number one asks what for
       why << a.m_file << ":" << a.m_line << ": " << a.m_expr << " is not so: " << a.m_decomp.c_str();
     if (a.m_threw) why << " it stopped: " << a.m_exception.c_str();
     failed(why.str());
@@ -343,7 +343,7 @@ static void same_bits_in_every_order(const std::string& what, const std::functio
   Tally tally(what + ": the same bits in another order of threads");
   const auto again = [&](const char* order, int number) {
     const std::vector<uint32_t> got = work();
-    tally.check(got == want && !got.empty(), number, text("%s %d", order, number));
+    tally.check(got == want && !got.empty(), number, text("%s %d\n Is a barrier missing?", order, number));
   };
 #if defined(MP_CUDA)
   again("run", 2);
@@ -945,8 +945,9 @@ TEST_SUITE("E3") {
     for (Type type : types)
       for (auto [kind, words] : losses) {
         const bool exact = kind == Loss::squared_error;  // z - y, / 4 and * 1024 are; z - y needs more than 11 bits
-        const Matrix z = random_matrix(random, 4, 10, 4, 0x1p-6), y = random_matrix(random, 4, 10, 4, 0x1p-8);
-        Mlp net = last_layer(z, exact ? y : one_hot(4, 10), type, kind);
+        const Matrix z = random_matrix(random, 4, 16, 4, 0x1p-6), y = random_matrix(random, 4, 16, 4, 0x1p-8);
+        Mlp net = last_layer(z, exact ? y : one_hot(4, 16), type, kind);  // 16: a row ends where the next begins
+        put(net.layer[1].delta, Matrix(), 7);
         LossScaler scaler(1024);
         loss(net, scaler), output_delta(net, scaler);
         Model model(net);
@@ -960,14 +961,17 @@ TEST_SUITE("E3") {
           return exact ? 0 : fp32 + (f ? f->half_step(std::fabs(want(n, i)) + fp32) : 0);
         };
         compare(tally, got, want, tolerance, {{no_softmax, z_less_y(model, 1024)}});
+        const bool nothing_below_the_last_row = get(net.layer[1].delta, 5)(4, 0) == 7;
+        CHECK_MESSAGE(nothing_below_the_last_row, "it writes below the last row: is a bound missing, or <= for <?");
       }
   }
   TEST_CASE("the scale multiplies before the rounding, where 2^-26 still exists") {
     Mlp net = last_layer(Matrix(4, 1, 0x1p-24), Matrix(4, 1), Type::fp16, Loss::squared_error);
     output_delta(net, LossScaler(1));
-    CHECK(get(net.layer[1].delta, 4)(0, 0) == 0);  // 2^-24 / 4 is no half
+    compare("2^-24 / 4, which is no half", get(net.layer[1].delta, 4), Matrix(4, 1), 0, {no_mean});
     output_delta(net, LossScaler(1024));
-    CHECK(get(net.layer[1].delta, 4)(0, 0) == 0x1p-16);
+    compare("2^-24 / 4 * 1024", get(net.layer[1].delta, 4), Matrix(4, 1, 0x1p-16), 0, {no_mean, {0.5, article_E3}},
+            {{"rounding before the scale has lifted the value", Matrix(4, 1)}});
   }
   TEST_CASE("large logits give 0 and 1, not NaN") {
     Matrix z(1, 3), y(1, 3);
@@ -1189,7 +1193,7 @@ static void check_large(const Gemm& gemm, const std::vector<Type>& of_types) {
         const double step = format_of(type) ? 2 * format_of(type)->half_step(std::fabs(naive[i]) + sum) : 0;
         wrong += !(std::fabs(got[i] - naive[i]) <= sum + step);
       }
-      INFO(way.second, ", ", name_of(type));
+      INFO(text("%s, %s, against gemm_naive", way.second, name_of(type)));
       CHECK(wrong == 0);
     }
 }
@@ -1266,23 +1270,26 @@ TEST_SUITE("unscale_and_check") {
   TEST_CASE("one infinity or NaN is found wherever it is, before the scale divides it away") {
     for (Type type : types) {
       Mlp net = two_layers(type, Update::master);
-      Tally tally(text("%s: found_inf for [layer, gradient]", name_of(type)));
-      for (int l = 1; l <= net.L; l++)
-        for (int i = 0; i < net.layer[l].gradients.cols; i++)
-          for (double g : {infinite, -infinite, double(NAN), 65504.0}) {
+      for (double g :
+           {infinite, -infinite, double(NAN), type == Type::fp16 ? 65504 : 0x1.fep127}) {  // the last: finite
+        Tally tally(text("%s, one gradient is %g: found_inf for [layer, gradient]", name_of(type), g));
+        for (int l = 1; l <= net.L; l++)
+          for (int i = 0; i < net.layer[l].gradients.cols; i++) {
             fill_gradients(net, 1e-3);
             Matrix one = get(net.layer[l].gradients);
             one(0, i) = g, put(net.layer[l].gradients, one);
             LossScaler scaler(65536);
             unscale_and_check(net, scaler);
-            tally.near(scaler.read().found_inf, std::isfinite(g) ? 0 : 1, 0, l, i);
+            tally.near(scaler.read().found_inf, std::isfinite(g) ? 0 : 1, 0, l, i,
+                       {{"a comparison with NaN, which is always false", std::isnan(g) ? 0 : -1}});
           }
+      }
     }
   }
   TEST_CASE("one bad gradient leaves every weight as it was, and the step is counted as skipped") {
     for (Update rule : {Update::master, Update::half, Update::kahan, Update::stochastic}) {
       Mlp net = two_layers(Type::fp16, rule);
-      Tally skipped("a skipped step changes nothing"), good("the next one does");
+      Tally good("the next one does"), skipped("a skipped step changes nothing");
       for (int l = 1; l <= net.L; l++)
         for (const Tensor& part : {net.layer[l].dW, net.layer[l].db})
           for (bool last : {false, true})
@@ -1297,7 +1304,8 @@ TEST_SUITE("unscale_and_check") {
               skipped.check(parameters(net) == before && s.skipped == 1 && s.scale == 32768 && s.found_inf == 0, l,
                             text("layer %d, %s, %g", l, part.rows > 1 ? "W" : "b", bad));
               fill_gradients(net, 4096), end_step(net, scaler, 0.5f);
-              good.check(parameters(net) != before && scaler.read().skipped == 1, l, text("layer %d", l));
+              good.check(parameters(net) != before && scaler.read().skipped == 1, l,
+                         text("layer %d, %s, after %g", l, part.rows > 1 ? "W" : "b", bad));
             }
     }
   }
@@ -2788,7 +2796,9 @@ TEST_SUITE("histogram") {
     const Outcome o =
         w.run("histogram --data . --layers 16,8,10 --batch 10 --svg h.svg", "unset LC_CTYPE LANG; LC_ALL=C");
     check_success(o);
-    check_words(o.out, {"1 a ", "1 delta without loss scale", "2 dW    times 65536", "wrote h.svg"});
+    check_words(
+        o.out,
+        {"layer 1, a, values: ", "layer 1, delta, without loss scale: ", "layer 2, dW, times 65536: ", "wrote h.svg"});
     CHECK(o.out.find("\033") == string::npos);
     CHECK(o.out.find("▁") == string::npos);
     check_words(w.get("h.svg"), {"<svg", "prefers-color-scheme:dark", "subnormal", "layer 2, dW", "</svg>"});
