@@ -710,9 +710,15 @@ struct Pool {
 #if MP_ASAN
     workers = 1;
 #endif
-    while (--workers > 0) helpers.emplace_back([this] { help(); });
+    for (int n = 2; n <= workers; n++) try {
+        helpers.emplace_back([this] { help(); });
+      } catch (const std::exception& error) {
+        stop();
+        fail("thread %d of %d cannot be started: %s; set MP_THREADS to a smaller number", n, workers, error.what());
+      }
   }
-  ~Pool() {
+  ~Pool() { stop(); }
+  void stop() {
     mutex.lock(), quit = true, mutex.unlock();  // nobody is between its look at `quit` and its sleep
     wake.notify_all();
     for (auto& h : helpers) h.join();

@@ -2367,6 +2367,12 @@ TEST_SUITE("command_line") {
     for (const string option : {"--epochs", "--batch", "--growth-interval", "--seed"})
       check_refused(w.train(option + " 1.5"), {option + " '1.5' must be a whole number"}, 2);
   }
+#if !defined(MP_ASAN) && !defined(MP_CUDA)  // they need more room than any limit leaves
+  TEST_CASE("where threads cannot be started, a line says so") {
+    const Outcome o = Workplace().train("", "ulimit -v 1000000; MP_THREADS=1024");
+    check_refused(o, {" of 1024 cannot be started", "MP_THREADS"});
+  }
+#endif
   TEST_CASE("every sensible combination runs") {
     const Workplace w;
     for (const string precision : {"fp16", "bf16", "fp32"})
