@@ -25,6 +25,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -2729,6 +2730,11 @@ static int run_command(std::vector<std::string> words) {
 __attribute__((weak)) int main(int argc, char** argv) {
   for (int standard = 0; standard <= 2; standard++)  // a closed one would be given to the next file opened
     if (fcntl(standard, F_GETFD) < 0) open("/dev/null", O_RDWR);
+  std::set_terminate([] {  // the one exception that a kernel, whose thread may be another, can meet
+    fprintf(stderr, "mp: out of memory; make --layers or --batch smaller, or set MP_THREADS=1\n");
+    std::_Exit(1);
+  });
+  signal(SIGXFSZ, SIG_IGN);             // a limit on file sizes is an error, as a full disk is
   setvbuf(stdout, nullptr, _IOLBF, 0);  // into a pipe or a file, too, each row appears when it is known
   try {
     const int status = run_command({argv + 1, argv + argc});
