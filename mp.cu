@@ -1172,13 +1172,18 @@ template <class F> static auto parse_file(const std::string& path, const char* a
   }
 }
 
-static void check_can_save(const std::string& path) {  // also before training, rather than after an hour of it
+// The file to write, where a link leads; fails if it cannot be. Also before training, rather than after an hour of it.
+static std::string check_can_save(const std::string& path) {
   struct stat info;
   if (stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode))
     fail("%s: this is a folder, a device or a pipe; name a file to save to", path.c_str());
-  const auto folder = std::filesystem::path(path).parent_path() / ".";
-  if (access(folder.c_str(), W_OK | X_OK) != 0 || (access(path.c_str(), W_OK) != 0 && errno != ENOENT))
+  std::error_code missing;
+  const std::string there = std::filesystem::canonical(path, missing).string(), target = missing ? path : there;
+  const auto folder = std::filesystem::path(target).parent_path() / ".";
+  const auto writable = [](const std::string& f) { return access(f.c_str(), W_OK) == 0 || errno == ENOENT; };
+  if (access(folder.c_str(), W_OK | X_OK) != 0 || !writable(target) || !writable(target + ".unfinished"))
     fail("%s: cannot be saved: %s; make its folder first, or save elsewhere", path.c_str(), strerror(errno));
+  return target;
 }
 // All who write to one path take turns under one temporary name. The lock dies with its owner, and what a killed one left
 // behind is written over.
@@ -1196,11 +1201,8 @@ static FILE* open_temporary(const std::string& path) {
 // Whoever reads the path sees the old file or the new one, never half of it; after a power cut too, for the bytes reach
 // the disk before the name does.
 void write_file(const std::string& path, const std::string& bytes) {
-  check_can_save(path);
-  const bool old = std::filesystem::exists(path);
-  const auto target = old ? std::filesystem::canonical(path) : std::filesystem::path(path);  // where a link leads
-  const std::string temporary = target.string() + ".unfinished";
-  signal(SIGXFSZ, SIG_IGN);  // so that a limit on file sizes is an error, as a full disk is
+  const std::string target = check_can_save(path), temporary = target + ".unfinished";
+  const bool old = std::filesystem::exists(target);
   FILE* const file = open_temporary(temporary);
   const bool written = file && fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size() && fflush(file) == 0 &&
                        fsync(fileno(file)) == 0 && rename(temporary.c_str(), target.c_str()) == 0;
@@ -1210,7 +1212,7 @@ void write_file(const std::string& path, const std::string& bytes) {
   if (!written)
     fail("%s: not written: %s; make room or save elsewhere%s", path.c_str(), strerror(reason),
          old ? ", the old file is kept" : "");
-  const int folder = open((target.parent_path() / ".").c_str(), O_RDONLY);
+  const int folder = open((std::filesystem::path(target).parent_path() / ".").c_str(), O_RDONLY);
   fsync(folder);  // the new name
   close(folder);
 }

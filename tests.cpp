@@ -2707,6 +2707,9 @@ TEST_SUITE("checkpoints") {
         CHECK_MESSAGE(table_of(o).empty(), "trained first: ", option, " ", file);
       }
     check_refused(w.train(">/dev/full"), {"standard output", "No space left"});
+    const string long_name(250, 'n');  // the file could be there, but not the one that becomes it
+    check_refused(w.train("--save " + long_name + " >table"), {long_name, "File name too long"});
+    CHECK(w.get("table").empty());
     std::filesystem::create_directory(w.path + "/locked");
     std::filesystem::permissions(w.path + "/locked", std::filesystem::perms(0500));
     const Outcome locked = w.train("--save locked/m");
