@@ -1658,8 +1658,11 @@ static void refuse_contradictions(const Options& o) {
   if (!o.automatic && o.has("vanish-limit")) misuse("--vanish-limit is for --precision auto");
   if (!o.dynamic() && (o.has("scale-init") || o.has("growth-interval")))
     misuse("--scale-init and --growth-interval are for a dynamic scale: add --loss-scale dynamic");
+  std::error_code none;
   for (const std::string& other : {o.save, o.resume, o.init})
-    if (!o.log.empty() && o.log == other) misuse("--log " + o.log + " would overwrite the checkpoint of that name");
+    for (const std::string& mine : {o.log, o.svg})
+      if (!mine.empty() && (mine == other || std::filesystem::equivalent(mine, other, none)))
+        misuse((mine == o.log ? "--log " : "--svg ") + mine + " would overwrite the checkpoint " + other);
   if (!o.init.empty() && !o.resume.empty()) misuse("--init and --resume both bring weights: give one of them");
 }
 

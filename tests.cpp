@@ -2645,7 +2645,11 @@ TEST_SUITE("checkpoints") {
     check_success(w.train("--save n --loss-scale 1024"));
     check_success(w.resume("n --precision fp16 --epochs 2"));  // what it was before: so is the scale
     CHECK(w.model("n").metadata.at("loss-scale") == "1024");
-    check_refused(w.resume("m --log m"), {"--log m"}, 2);
+    for (const string log : {"m", "./m", "link"}) {
+      if (log == "link") std::filesystem::create_symlink("m", w.path + "/link");
+      check_refused(w.resume("m --log " + log), {"--log " + log + " would overwrite the checkpoint m"}, 2);
+    }
+    CHECK(w.run("histogram m --data . --svg link").status == 2);
     check_refused(w.resume("m --layers 16,9,10"), {"m: ", "16,8,10", "--layers 16,9,10"});
     check_refused(w.resume("m --precision fp32 --update half"), {"--update half with --precision fp32"}, 2);
     check_refused(w.resume("m --init m"), {"--init and --resume"}, 2);
