@@ -1710,7 +1710,7 @@ static std::map<long, Linear> linear_layers(const SafeTensors& file) {
   for (const SavedTensor& weight : file.tensors) {
     const std::string& name = weight.name;
     const size_t stem = name.size() - std::min<size_t>(name.size(), 6);
-    if (weight.shape.size() != 2 || name.substr(stem) != "weight") continue;
+    if (weight.shape.size() != 2 || weight.value.empty() || name.substr(stem) != "weight") continue;
     const SavedTensor* const bias = find_tensor(file, name.substr(0, stem) + "bias");
     if (!bias || bias->shape != std::vector{weight.shape[0]}) continue;
     const size_t last = name.find_last_of("0123456789"), before = name.find_last_not_of("0123456789", last);

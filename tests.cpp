@@ -2695,6 +2695,9 @@ TEST_SUITE("checkpoints") {
     check_refused(w.train("--init " + test_labels), {test_labels, "no safetensors file"});
     write_safetensors(w.path + "/a", {{}, {ours.tensors[1]}});
     check_refused(w.train("--init a"), {"a: holds no layer"});
+    w.put("a",
+          tensors("{" + entry("0.weight", "F32", "0,16", "0,0") + "," + entry("0.bias", "F32", "0", "0,0") + "}", ""));
+    check_refused(w.train("--init a"), {"a: holds no layer"});
   }
   TEST_CASE("what cannot be written is told, if possible before training, and the old file stays") {
     const Workplace w;
