@@ -1889,7 +1889,7 @@ static void prepare(Run& run) {
   if (!o.resume.empty()) take_options(o, file, from), o.save = o.save.empty() ? o.resume : o.save;
   if (!from.empty()) take_layers(o, file, from);  // after the options: the weights' own shapes decide
   refuse_contradictions(o);
-  if (!o.save.empty()) check_can_save(o.save);
+  if (!o.save.empty() && !run.quiet) check_can_save(o.save);
   if (run.data.what.empty()) run.data = load_dataset(o.data);
   const Images& images = run.data.train;
   check_fit(o, images);
@@ -2163,7 +2163,8 @@ static Run learn(const Options& o, const Dataset& data) {
   run.o = o, run.data = data, run.quiet = true;
   prepare(run);
   try {
-    while (run.t.epoch < run.o.epochs && !stop_signal) train_epoch(run);
+    const bool as_it_is = !o.resume.empty() && !o.has("epochs");  // a model to look at, though it may be unfinished
+    while (!as_it_is && run.t.epoch < run.o.epochs && !stop_signal) train_epoch(run);
   } catch (const Error&) {
     if (!run.t.state.halted) throw;
   }

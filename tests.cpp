@@ -2805,6 +2805,11 @@ TEST_SUITE("histogram") {
     const string before = w.get("m");
     check_success(w.run("histogram m --data ."));
     CHECK((w.get("m") == before));
+    SafeTensors unfinished = w.model("m");
+    unfinished.metadata["epochs"] = "9";
+    write_safetensors(w.path + "/m", unfinished);
+    check_success(w.run("histogram m --data . --svg h.svg"));
+    check_words(w.get("h.svg"), {"after epoch " + unfinished.metadata.at("epoch") + ","});
     check_refused(w.run("histogram --sweep lr --data ."), {"mp histogram [MODEL]"}, 2);
   }
 }
