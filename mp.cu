@@ -2553,6 +2553,7 @@ static Picture resample(const Picture& from, double left, double top, double ste
 // stands out from.
 static Picture parse_picture(const Bytes& file) {
   const bool png = !file.empty() && file[0] == 0x89;
+  if (!png && (file.empty() || file[0] != 0xff)) fail("this is no PNG or JPEG");
   png ? check_png(file) : check_jpeg(file);
   int width = 0, height = 0, channels = 0;
   stb_most = 1 << 16;

@@ -2900,7 +2900,7 @@ TEST_SUITE("predict") {
     const string none(14, '\0'), jpeg = "\xff\xd8";
     // clang-format off
     const std::pair<string, string> bad[] = {
-        {"no PNG or JPEG", "hello"}, {"no PNG or JPEG", ""}, {"blank", png(100, 100, string(10000, 'x'))},
+        {"no PNG or JPEG", "hello"}, {"no PNG or JPEG", ""}, {"no PNG or JPEG", "RIFF\xff\xfe"}, {"blank", png(100, 100, string(10000, 'x'))},
         {"blank", png(100, 100, noise)}, {"blank", png(1, 1, "x")}, {"ends within the chunk", png(9, 9, "x").substr(0, 50)},
         {"8000 x 8000 pixels are more than 50 million", png(8000, 8000, "x")},
         {"5000 x 5000 pixels cannot be in this file", png(5000, 5000, "x")}, {"cannot be decoded", png(9, 9, "x")},
