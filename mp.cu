@@ -1169,6 +1169,8 @@ template <class F> static auto parse_file(const std::string& path, const char* a
     return parse(bytes);
   } catch (const Error& error) {
     fail("%s: %s; %s", path.c_str(), error.what(), advice);
+  } catch (const std::bad_alloc&) {
+    fail("%s: out of memory; take a smaller file", path.c_str());
   }
 }
 
@@ -1282,7 +1284,7 @@ static Images parse_sheet(const Bytes& file) {
   int w, h, channels;
   const std::unique_ptr<uint8_t, void (*)(void*)> sheet(
       stbi_load_from_memory(file.data(), int(file.size()), &w, &h, &channels, 1), stbi_image_free);
-  if (!sheet) fail("damaged: its pixels cannot be decoded");
+  if (!sheet) fail("damaged, or no memory left: its pixels cannot be decoded");
   Images images;
   images.count = int(height / side * 100);
   images.pixels = int(side * side);
@@ -2566,7 +2568,7 @@ static Picture parse_picture(const Bytes& file) {
   stb_most = 2 * file.size() + 9 * size_t(width + 32) * size_t(height + 32) + (1 << 16);
   const std::unique_ptr<uint8_t, void (*)(void*)> grey_and_alpha(
       stbi_load_from_memory(file.data(), int(file.size()), &width, &height, &channels, 2), stbi_image_free);
-  if (!grey_and_alpha) fail("damaged: its pixels cannot be decoded");
+  if (!grey_and_alpha) fail("damaged, or no memory left: its pixels cannot be decoded");
   const uint8_t* const pixel = grey_and_alpha.get();
   double opaque = 1e-9, light = 0;
   for (size_t i = 0; i < pixels; i++) opaque += pixel[2 * i + 1], light += pixel[2 * i] * pixel[2 * i + 1];
