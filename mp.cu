@@ -1930,7 +1930,7 @@ static void fetch(Run& run) {
     if (run.log) fprintf(run.log, "%u,%d,%.9g,%.9g,%d\n", step++, run.t.epoch + 1, loss, r.loss_scale, r.found_inf);
   }
   if (run.log && (fflush(run.log) != 0 || ferror(run.log)))
-    fail("%s: cannot be written: %s", run.o.log.c_str(), strerror(errno));
+    fail("%s: cannot be written: %s; make room or log elsewhere", run.o.log.c_str(), strerror(errno));
   if (state.halted)
     fail(
         "step %u (epoch %d, batch %d) cannot be saved by a smaller loss scale than its %g: %s; use a smaller --lr, "
@@ -2023,7 +2023,8 @@ static int train(const Options& options) {
     train_epoch(run);
     if (!o.save.empty()) save_checkpoint(o.save, o, run.t);
   }
-  if (run.log && fclose(run.log) != 0) fail("%s: cannot be written: %s", o.log.c_str(), strerror(errno));
+  if (run.log && fclose(run.log) != 0)
+    fail("%s: cannot be written: %s; make room or log elsewhere", o.log.c_str(), strerror(errno));
   if (stop_signal && run.t.epoch < o.epochs) {
     const std::string next =
         o.save.empty() ? "nothing is saved without --save" : "go on with: mp train --resume " + o.save;
@@ -2747,7 +2748,8 @@ __attribute__((weak)) int main(int argc, char** argv) {
   setvbuf(stdout, nullptr, _IOLBF, 0);  // into a pipe or a file, too, each row appears when it is known
   try {
     const int status = run_command({argv + 1, argv + argc});
-    if (fflush(stdout) != 0 || ferror(stdout)) fail("standard output cannot be written: %s", strerror(errno));
+    if (fflush(stdout) != 0 || ferror(stdout))
+      fail("standard output cannot be written: %s; send it elsewhere", strerror(errno));
     return status;
   } catch (const UsageError& error) {
     fprintf(stderr, "mp: %s\n%s", error.what(), usage_text);
