@@ -25,6 +25,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -1142,16 +1143,23 @@ template <class F> static auto parse_file(const std::string& path, const char* a
     return parse(bytes);
   } catch (const Error& error) {
     fail("%s: %s; %s", path.c_str(), error.what(), advice);
+  } catch (const std::bad_alloc&) {
+    fail("%s: out of memory; take a smaller file", path.c_str());
   }
 }
 
-static void check_can_save(const std::string& path) {  // also before training, rather than after an hour of it
+// The file to write, where a link leads; fails if it cannot be. Also before training, rather than after an hour of it.
+static std::string check_can_save(const std::string& path) {
   struct stat info;
   if (stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode))
     fail("%s: this is a folder, a device or a pipe; name a file to save to", path.c_str());
-  const auto folder = std::filesystem::path(path).parent_path() / ".";
-  if (access(folder.c_str(), W_OK | X_OK) != 0 || (access(path.c_str(), W_OK) != 0 && errno != ENOENT))
+  std::error_code missing;
+  const std::string there = std::filesystem::canonical(path, missing).string(), target = missing ? path : there;
+  const auto folder = std::filesystem::path(target).parent_path() / ".";
+  const auto writable = [](const std::string& f) { return access(f.c_str(), W_OK) == 0 || errno == ENOENT; };
+  if (access(folder.c_str(), W_OK | X_OK) != 0 || !writable(target) || !writable(target + ".unfinished"))
     fail("%s: cannot be saved: %s; make its folder first, or save elsewhere", path.c_str(), strerror(errno));
+  return target;
 }
 // All who write to one path take turns under one temporary name. The lock dies with its owner, and what a killed one left
 // behind is written over.
@@ -1169,11 +1177,8 @@ static FILE* open_temporary(const std::string& path) {
 // Whoever reads the path sees the old file or the new one, never half of it; after a power cut too, for the bytes reach
 // the disk before the name does.
 void write_file(const std::string& path, const std::string& bytes) {
-  check_can_save(path);
-  const bool old = std::filesystem::exists(path);
-  const auto target = old ? std::filesystem::canonical(path) : std::filesystem::path(path);  // where a link leads
-  const std::string temporary = target.string() + ".unfinished";
-  signal(SIGXFSZ, SIG_IGN);  // so that a limit on file sizes is an error, as a full disk is
+  const std::string target = check_can_save(path), temporary = target + ".unfinished";
+  const bool old = std::filesystem::exists(target);
   FILE* const file = open_temporary(temporary);
   const bool written = file && fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size() && fflush(file) == 0 &&
                        fsync(fileno(file)) == 0 && rename(temporary.c_str(), target.c_str()) == 0;
@@ -1183,7 +1188,7 @@ void write_file(const std::string& path, const std::string& bytes) {
   if (!written)
     fail("%s: not written: %s; make room or save elsewhere%s", path.c_str(), strerror(reason),
          old ? ", the old file is kept" : "");
-  const int folder = open((target.parent_path() / ".").c_str(), O_RDONLY);
+  const int folder = open((std::filesystem::path(target).parent_path() / ".").c_str(), O_RDONLY);
   fsync(folder);  // the new name
   close(folder);
 }
@@ -1253,7 +1258,7 @@ static Images parse_sheet(const Bytes& file) {
   int w, h, channels;
   const std::unique_ptr<uint8_t, void (*)(void*)> sheet(
       stbi_load_from_memory(file.data(), int(file.size()), &w, &h, &channels, 1), stbi_image_free);
-  if (!sheet) fail("damaged: its pixels cannot be decoded");
+  if (!sheet) fail("damaged, or no memory left: its pixels cannot be decoded");
   Images images;
   images.count = int(height / side * 100);
   images.pixels = int(side * side);
@@ -1629,8 +1634,11 @@ static void refuse_contradictions(const Options& o) {
   if (!o.automatic && o.has("vanish-limit")) misuse("--vanish-limit is for --precision auto");
   if (!o.dynamic() && (o.has("scale-init") || o.has("growth-interval")))
     misuse("--scale-init and --growth-interval are for a dynamic scale: add --loss-scale dynamic");
+  std::error_code none;
   for (const std::string& other : {o.save, o.resume, o.init})
-    if (!o.log.empty() && o.log == other) misuse("--log " + o.log + " would overwrite the checkpoint of that name");
+    for (const std::string& mine : {o.log, o.svg})
+      if (!mine.empty() && (mine == other || std::filesystem::equivalent(mine, other, none)))
+        misuse((mine == o.log ? "--log " : "--svg ") + mine + " would overwrite the checkpoint " + other);
   if (!o.init.empty() && !o.resume.empty()) misuse("--init and --resume both bring weights: give one of them");
 }
 
@@ -1678,7 +1686,7 @@ static std::map<long, Linear> linear_layers(const SafeTensors& file) {
   for (const SavedTensor& weight : file.tensors) {
     const std::string& name = weight.name;
     const size_t stem = name.size() - std::min<size_t>(name.size(), 6);
-    if (weight.shape.size() != 2 || name.substr(stem) != "weight") continue;
+    if (weight.shape.size() != 2 || weight.value.empty() || name.substr(stem) != "weight") continue;
     const SavedTensor* const bias = find_tensor(file, name.substr(0, stem) + "bias");
     if (!bias || bias->shape != std::vector{weight.shape[0]}) continue;
     const size_t last = name.find_last_of("0123456789"), before = name.find_last_not_of("0123456789", last);
@@ -1857,7 +1865,7 @@ static void prepare(Run& run) {
   if (!o.resume.empty()) take_options(o, file, from), o.save = o.save.empty() ? o.resume : o.save;
   if (!from.empty()) take_layers(o, file, from);  // after the options: the weights' own shapes decide
   refuse_contradictions(o);
-  if (!o.save.empty()) check_can_save(o.save);
+  if (!o.save.empty() && !run.quiet) check_can_save(o.save);
   if (run.data.what.empty()) run.data = load_dataset(o.data);
   const Images& images = run.data.train;
   check_fit(o, images);
@@ -1896,7 +1904,7 @@ static void fetch(Run& run) {
     if (run.log) fprintf(run.log, "%u,%d,%.9g,%.9g,%d\n", step++, run.t.epoch + 1, loss, r.loss_scale, r.found_inf);
   }
   if (run.log && (fflush(run.log) != 0 || ferror(run.log)))
-    fail("%s: cannot be written: %s", run.o.log.c_str(), strerror(errno));
+    fail("%s: cannot be written: %s; make room or log elsewhere", run.o.log.c_str(), strerror(errno));
   if (state.halted)
     fail(
         "step %u (epoch %d, batch %d) cannot be saved by a smaller loss scale than its %g: %s; use a smaller --lr, "
@@ -1989,7 +1997,8 @@ static int train(const Options& options) {
     train_epoch(run);
     if (!o.save.empty()) save_checkpoint(o.save, o, run.t);
   }
-  if (run.log && fclose(run.log) != 0) fail("%s: cannot be written: %s", o.log.c_str(), strerror(errno));
+  if (run.log && fclose(run.log) != 0)
+    fail("%s: cannot be written: %s; make room or log elsewhere", o.log.c_str(), strerror(errno));
   if (stop_signal && run.t.epoch < o.epochs) {
     const std::string next =
         o.save.empty() ? "nothing is saved without --save" : "go on with: mp train --resume " + o.save;
@@ -2131,7 +2140,8 @@ static Run learn(const Options& o, const Dataset& data) {
   run.o = o, run.data = data, run.quiet = true;
   prepare(run);
   try {
-    while (run.t.epoch < run.o.epochs && !stop_signal) train_epoch(run);
+    const bool as_it_is = !o.resume.empty() && !o.has("epochs");  // a model to look at, though it may be unfinished
+    while (!as_it_is && run.t.epoch < run.o.epochs && !stop_signal) train_epoch(run);
   } catch (const Error&) {
     if (!run.t.state.halted) throw;
   }
@@ -2525,6 +2535,7 @@ static Picture resample(const Picture& from, double left, double top, double ste
 // stands out from.
 static Picture parse_picture(const Bytes& file) {
   const bool png = !file.empty() && file[0] == 0x89;
+  if (!png && (file.empty() || file[0] != 0xff)) fail("this is no PNG or JPEG");
   png ? check_png(file) : check_jpeg(file);
   int width = 0, height = 0, channels = 0;
   stb_most = 1 << 16;
@@ -2537,7 +2548,7 @@ static Picture parse_picture(const Bytes& file) {
   stb_most = 2 * file.size() + 9 * size_t(width + 32) * size_t(height + 32) + (1 << 16);
   const std::unique_ptr<uint8_t, void (*)(void*)> grey_and_alpha(
       stbi_load_from_memory(file.data(), int(file.size()), &width, &height, &channels, 2), stbi_image_free);
-  if (!grey_and_alpha) fail("damaged: its pixels cannot be decoded");
+  if (!grey_and_alpha) fail("damaged, or no memory left: its pixels cannot be decoded");
   const uint8_t* const pixel = grey_and_alpha.get();
   double opaque = 1e-9, light = 0;
   for (size_t i = 0; i < pixels; i++) opaque += pixel[2 * i + 1], light += pixel[2 * i] * pixel[2 * i + 1];
@@ -2708,10 +2719,16 @@ static int run_command(std::vector<std::string> words) {
 __attribute__((weak)) int main(int argc, char** argv) {
   for (int standard = 0; standard <= 2; standard++)  // a closed one would be given to the next file opened
     if (fcntl(standard, F_GETFD) < 0) open("/dev/null", O_RDWR);
+  std::set_terminate([] {  // the one exception that a kernel, whose thread may be another, can meet
+    fprintf(stderr, "mp: out of memory; make --layers or --batch smaller, or set MP_THREADS=1\n");
+    std::_Exit(1);
+  });
+  signal(SIGXFSZ, SIG_IGN);             // a limit on file sizes is an error, as a full disk is
   setvbuf(stdout, nullptr, _IOLBF, 0);  // into a pipe or a file, too, each row appears when it is known
   try {
     const int status = run_command({argv + 1, argv + argc});
-    if (fflush(stdout) != 0 || ferror(stdout)) fail("standard output cannot be written: %s", strerror(errno));
+    if (fflush(stdout) != 0 || ferror(stdout))
+      fail("standard output cannot be written: %s; send it elsewhere", strerror(errno));
     return status;
   } catch (const UsageError& error) {
     fprintf(stderr, "mp: %s\n%s", error.what(), usage_text);

@@ -638,9 +638,15 @@ struct Pool {
   std::vector<std::thread> helpers;
   const Launch* launch = nullptr;
   explicit Pool(int workers) {
-    for (int i = 1; i < std::min(workers, most_os_threads); i++) helpers.emplace_back([this] { help(); });
+    for (int n = 2; n <= std::min(workers, most_os_threads); n++) try {
+        helpers.emplace_back([this] { help(); });
+      } catch (const std::exception& error) {
+        stop();
+        fail("thread %d of %d cannot be started: %s; set MP_THREADS to a smaller number", n, workers, error.what());
+      }
   }
-  ~Pool() {
+  ~Pool() { stop(); }
+  void stop() {
     tell(-1);
     for (auto& h : helpers) h.join();
   }

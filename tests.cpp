@@ -2382,6 +2382,12 @@ TEST_SUITE("command_line") {
     for (const string option : {"--epochs", "--batch", "--growth-interval", "--seed"})
       check_refused(w.train(option + " 1.5"), {option + " '1.5' must be a whole number"}, 2);
   }
+#if !defined(MP_ASAN) && !defined(MP_CUDA)  // they need more room than any limit leaves
+  TEST_CASE("where threads cannot be started, a line says so") {
+    const Outcome o = Workplace().train("", "ulimit -v 1000000; MP_THREADS=1024");
+    check_refused(o, {" of 1024 cannot be started", "MP_THREADS"});
+  }
+#endif
   TEST_CASE("every sensible combination runs") {
     const Workplace w;
     for (const string precision : {"fp16", "bf16", "fp32"})
@@ -2654,7 +2660,11 @@ TEST_SUITE("checkpoints") {
     check_success(w.train("--save n --loss-scale 1024"));
     check_success(w.resume("n --precision fp16 --epochs 2"));  // what it was before: so is the scale
     CHECK(w.model("n").metadata.at("loss-scale") == "1024");
-    check_refused(w.resume("m --log m"), {"--log m"}, 2);
+    for (const string log : {"m", "./m", "link"}) {
+      if (log == "link") std::filesystem::create_symlink("m", w.path + "/link");
+      check_refused(w.resume("m --log " + log), {"--log " + log + " would overwrite the checkpoint m"}, 2);
+    }
+    CHECK(w.run("histogram m --data . --svg link").status == 2);
     check_refused(w.resume("m --layers 16,9,10"), {"m: ", "16,8,10", "--layers 16,9,10"});
     check_refused(w.resume("m --precision fp32 --update half"), {"--update half with --precision fp32"}, 2);
     check_refused(w.resume("m --init m"), {"--init and --resume"}, 2);
@@ -2700,6 +2710,9 @@ TEST_SUITE("checkpoints") {
     check_refused(w.train("--init " + test_labels), {test_labels, "no safetensors file"});
     write_safetensors(w.path + "/a", {{}, {ours.tensors[1]}});
     check_refused(w.train("--init a"), {"a: holds no layer"});
+    w.put("a",
+          tensors("{" + entry("0.weight", "F32", "0,16", "0,0") + "," + entry("0.bias", "F32", "0", "0,0") + "}", ""));
+    check_refused(w.train("--init a"), {"a: holds no layer"});
   }
   TEST_CASE("what cannot be written is told, if possible before training, and the old file stays") {
     const Workplace w;
@@ -2716,6 +2729,9 @@ TEST_SUITE("checkpoints") {
         CHECK_MESSAGE(table_of(o).empty(), "trained first: ", option, " ", file);
       }
     check_refused(w.train(">/dev/full"), {"standard output", "No space left"});
+    const string long_name(250, 'n');  // the file could be there, but not the one that becomes it
+    check_refused(w.train("--save " + long_name + " >table"), {long_name, "File name too long"});
+    CHECK(w.get("table").empty());
     std::filesystem::create_directory(w.path + "/locked");
     std::filesystem::permissions(w.path + "/locked", std::filesystem::perms(0500));
     const Outcome locked = w.train("--save locked/m");
@@ -2806,6 +2822,11 @@ TEST_SUITE("histogram") {
     const string before = w.get("m");
     check_success(w.run("histogram m --data ."));
     CHECK((w.get("m") == before));
+    SafeTensors unfinished = w.model("m");
+    unfinished.metadata["epochs"] = "9";
+    write_safetensors(w.path + "/m", unfinished);
+    check_success(w.run("histogram m --data . --svg h.svg"));
+    check_words(w.get("h.svg"), {"after epoch " + unfinished.metadata.at("epoch") + ","});
     check_refused(w.run("histogram --sweep lr --data ."), {"mp histogram [MODEL]"}, 2);
   }
 }
@@ -2896,7 +2917,7 @@ TEST_SUITE("predict") {
     const string none(14, '\0'), jpeg = "\xff\xd8";
     // clang-format off
     const std::pair<string, string> bad[] = {
-        {"no PNG or JPEG", "hello"}, {"no PNG or JPEG", ""}, {"blank", png(100, 100, string(10000, 'x'))},
+        {"no PNG or JPEG", "hello"}, {"no PNG or JPEG", ""}, {"no PNG or JPEG", "RIFF\xff\xfe"}, {"blank", png(100, 100, string(10000, 'x'))},
         {"blank", png(100, 100, noise)}, {"blank", png(1, 1, "x")}, {"ends within the chunk", png(9, 9, "x").substr(0, 50)},
         {"8000 x 8000 pixels are more than 50 million", png(8000, 8000, "x")},
         {"5000 x 5000 pixels cannot be in this file", png(5000, 5000, "x")}, {"cannot be decoded", png(9, 9, "x")},
