@@ -27,7 +27,7 @@ COMPILE = $(CXX) -x c++ $(FLAGS) -pthread
 LINK = $(CXX) $(FLAGS) -pthread
 ifeq ($(BACKEND),cuda)
   # The GPU's own number, such as 90
-  ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+  ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d . | sed s/^90$$/90a/)
   ifeq ($(ARCH),)
     $(error no GPU answers nvidia-smi: make BACKEND=cpu, or name the GPU to build for, as in make BACKEND=cuda ARCH=75)
   endif
@@ -124,7 +124,7 @@ cuda-check: | packages
 	@command -v nvcc >/dev/null || { echo "make cuda-check needs nvcc, of the CUDA Toolkit; a GPU it does not need"; exit 1; }
 	@mkdir -p build/cuda
 	nvcc -x cu -std=c++17 -O3 -DMP_CUDA -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Wshadow,-Werror --threads 0 \
-	  $$(for a in 75 80 90 100 120; do nvcc -x cu -arch=sm_$$a -cubin -o build/cuda/known /dev/null 2>/dev/null && \
+	  $$(for a in 75 80 90a 100 120; do nvcc -x cu -arch=sm_$$a -cubin -o build/cuda/known /dev/null 2>/dev/null && \
 	  echo "-gencode arch=compute_$$a,code=sm_$$a"; done) -c mp.cu -o build/cuda/mp.o
 	$(CXX) -std=c++17 $(WARN) -Werror -O1 -DMP_CUDA -c tests.cpp -o build/cuda/tests.o
 	nvcc build/cuda/tests.o build/cuda/mp.o -lcublas -o build/cuda/tests
