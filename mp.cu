@@ -2531,6 +2531,31 @@ static Picture resample(const Picture& from, double left, double top, double ste
     }
   return to;
 }
+
+// How the camera was held: EXIF's entry 0x112, one 16-bit number, in either order of bytes. 1 where a file has none.
+static int orientation(const Bytes& file) {
+  const auto end = file.begin() + std::min<long>(long(file.size()), 1 << 16);
+  for (const bool little : {true, false}) {
+    const std::string_view entry(little ? "\x12\1\3\0\1\0\0\0" : "\1\x12\0\3\0\0\0\1", 8);
+    const auto found = std::search(file.begin(), end, entry.begin(), entry.end());
+    if (end - found > 9) return found[little ? 8 : 9];
+  }
+  return 1;
+}
+// The picture upright. EXIF counts from 1 the eight ways to mirror and to turn it; from 5 on rows are columns.
+static Picture upright(const Picture& p, int way) {
+  if (way < 2 || way > 8) return p;
+  Picture to{way < 5 ? p.width : p.height, way < 5 ? p.height : p.width, {}};
+  for (int y = 0; y < to.height; y++)
+    for (int x = 0; x < to.width; x++) {
+      int column = way < 5 ? x : y, row = way < 5 ? y : x;
+      if (way == 2 || way == 3 || way > 6) column = p.width - 1 - column;
+      if (way == 3 || way == 4 || way == 6 || way == 7) row = p.height - 1 - row;
+      to.value.push_back(p.value[size_t(row) * size_t(p.width) + size_t(column)]);
+    }
+  return to;
+}
+
 // A PNG or JPEG in grey, 0 to 255, its longer side at most 400 pixels. What is transparent shows a paper that its ink
 // stands out from.
 static Picture parse_picture(const Bytes& file) {
@@ -2557,7 +2582,8 @@ static Picture parse_picture(const Bytes& file) {
   Picture grey{width, height, std::vector<float>(pixels)};
   for (size_t i = 0; i < pixels; i++) grey.value[i] = float(behind + (pixel[2 * i] - behind) * pixel[2 * i + 1] / 255);
   const double step = std::max(1.0, std::max(width, height) / 400.0);
-  return resample(grey, 0, 0, step, std::max(1, int(width / step)), std::max(1, int(height / step)));
+  const Picture small = resample(grey, 0, 0, step, std::max(1, int(width / step)), std::max(1, int(height / step)));
+  return upright(small, png ? 1 : orientation(file));
 }
 // Takes away the paper in its uneven light: the quadratic surface that most pixels lie near. Least absolute deviations,
 // by least squares in which a pixel counts the less the farther it lay off the time before.

@@ -2548,6 +2548,21 @@ TEST_SUITE("training") {
     int right = 0;
     for (const char* at = read.out.c_str(); (at = strstr(at, "/photos/")); at++) right += at[8] == strchr(at, ':')[2];
     CHECK_MESSAGE(right >= (least > 90 ? 10 : 5), read.out);
+    // A camera held upside down says so in EXIF, in either order of bytes: a 9 is a 6 then.
+    const auto bytes = read_file("data/photos/9_in_the_dark.jpg");
+    const string nine(bytes.begin(), bytes.end()),
+        head = "\xff\xd8\xff\xe1" + string("\0\x22", 2) + "Exif" + string(2, '\0');
+    const auto with_exif = [&](const char* tiff, int way) {
+      string entry(tiff, 26);
+      entry[entry[0] == 'I' ? 18 : 19] = char(way);
+      return head + entry + nine.substr(2);
+    };
+    const char* const little = "II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\0\0\0\0\0\0\0\0";
+    const char* const big_end = "MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\0\0\0\0\0\0\0";
+    w.put("upright.jpg", with_exif(little, 1)), w.put("turned.jpg", with_exif(little, 3));
+    w.put("turned_too.jpg", with_exif(big_end, 3));
+    const Outcome held = w.run("predict m upright.jpg turned.jpg turned_too.jpg");
+    if (least > 90) check_words(held.out, {"upright.jpg: 9", "turned.jpg: 6", "turned_too.jpg: 6"});
   }
 }
 
