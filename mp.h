@@ -358,6 +358,7 @@ template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, d
 #endif
 #if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer)
 #include <sanitizer/common_interface_defs.h>
+#define MP_ASAN            // for tests.cpp: programs are slow, and want more memory than a limit allows
 #define __shared__ static  // it guards no thread_local arrays: plain ones then, and one OS thread for all blocks
 constexpr int most_os_threads = 1;
 #else
