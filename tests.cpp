@@ -2809,10 +2809,15 @@ TEST_SUITE("dynamic_precision") {
     for (SavedTensor& t : file.tensors)  // layer 2 is module 2, layer 3 module 4
       for (float& x : t.value) x *= t.name[0] == '2' ? 0x1p-12f : t.name == "4.weight" ? 0x1p12f : 1;
     write_safetensors(w.path + "/suffering", file);
-    const Outcome o =
-        w.train("--layers 16,12,12,12,10 --init suffering --precision auto --loss-scale 0.5 --lr 1e-9 --epochs 1");
+    const string options = "--layers 16,12,12,12,10 --init suffering --precision auto --loss-scale 0.5 --lr 1e-9";
+    const Outcome o = w.train(options + " --epochs 1 --save part");
     check_success(o);
     check_words(o.out, {"layer 3 to fp32: ", "16 16 32 16"});
+    check_success(w.train(options + " --epochs 2 --save whole"));
+    CHECK((w.get("part") != w.get("whole")));
+    check_words(w.resume("part --epochs 2").out, {"16 16 32 16"});  // the map, too, is as it was left
+    CHECK(w.model("whole").metadata.at("clean-probes") == "2,2,0,2");
+    CHECK((w.get("part") == w.get("whole")));
   }
   TEST_CASE("what makes no sense with auto is refused") {
     const Workplace w;
