@@ -3,7 +3,7 @@
 // article's equations.
 //
 // It does: fp16 or bf16 storage and arithmetic with fp32 sums, fp32 master weights, dynamic loss scaling, plain SGD.
-// It refuses: convolutions, other optimizers, several GPUs, a framework. 750 lines of method come first, at most.
+// It refuses: convolutions, other optimizers, several GPUs, a framework. Some 750 lines of method come first.
 //
 //   make run                    builds it and learns the digits in data/, with a GPU or without
 //   make test                   proves it

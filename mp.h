@@ -282,7 +282,7 @@ template <int n> __device__ __forceinline__ void copy_wait() {}
 #endif
 // clang-format on
 
-// mp.cu's word on an error of the runtime; of a kernel or a recorded step, too, for what fails there shows in a later call
+// mp.cu's word on an error of the runtime; of a kernel or a recorded step, too, which shows in a later call
 void check(cudaError_t error, const char* call, const char* file, int line);
 constexpr bool real_tensor_cores = true, launches_wait = false;  // launch() returns before the kernel has run
 inline const cudaDeviceProp& device() {
@@ -417,7 +417,7 @@ typedef float Wide __attribute__((vector_size(4 * WIDE), may_alias));
 __forceinline__ void add_product(Wide& sum, float a, const Wide& b) { sum += a * b; }
 __forceinline__ float element(const Wide& x, int j) { return x[j]; }
 
-// Eight neighbours at once. Vectors, not memcpy: parts of a register written one by one would stall whoever reads it whole.
+// Eight neighbours at once. Vectors, not memcpy: a register written in parts would stall whoever reads it whole.
 typedef uint32_t Bits_8 __attribute__((vector_size(32), may_alias, aligned(4)));
 typedef uint16_t Short_8 __attribute__((vector_size(16), may_alias, aligned(2)));
 typedef float Float_8 __attribute__((vector_size(32), may_alias, aligned(4)));
