@@ -106,7 +106,8 @@ template <class T> __device__ T round_to(float x);
 template <> __device__ __forceinline__ float round_to(float x) { return x; }
 template <> __device__ __forceinline__ half round_to(float x) { return machine_half(x); }
 template <> __device__ __forceinline__ bfloat16 round_to(float x) { return float_to_bfloat16(x); }
-template <class T, int n> struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Group { T v[n]; };
+// n neighbours, aligned as the largest power of two in their size, at most to 16 bytes
+template <class T, int n> struct alignas((n * sizeof(T) | 16) & -(n * sizeof(T) | 16)) Group { T v[n]; };
 template <class T, int n> __device__ __forceinline__ void load(const T* p, float (&x)[n]) {
   const Group<T, n> group = *(const Group<T, n>*)p;
   UNROLL for (int j = 0; j < n; j++) x[j] = to_float(group.v[j]);
@@ -404,51 +405,53 @@ template <Layout layout, class T> __global__ void gemm_naive_kernel(Operands p) 
 }
 
 // Rung 2: a block computes a tile of BM x BN results. It brings the operands BK at a time into shared memory, as floats
-// and with k first, where each is read BM or BN times instead of from far away; a thread keeps 8 rows of WIDES * WIDE
-// results, 8 x WIDE of them at a time in registers. load_floats: rows x cols numbers from g on, [cols][rows] if
-// transposed. A piece beyond the operand's edge is left as it is, for it reaches only results that do not exist either;
-// one across it gets zeros.
+// and with k first, where each is read BM or BN times instead of from far away. Of the tile a thread computes THREAD_M x
+// THREAD_N, ROWS x COLS of them at a time in registers. load_floats: rows x cols numbers from g on, [cols][rows] if
+// transposed. What lies beyond the operand's edge is left as it is, for it reaches only results that do not exist
+// either; eight numbers across it are filled up with zeros.
 template <bool transposed, int rows, int cols, int threads, class T>
 __device__ __forceinline__ void load_floats(float* tile, const T* g, int stride, int rows_left, int cols_left) {
   constexpr int tall = transposed ? load_rows : 1, wide = transposed ? 8 : load_cols;
   constexpr int pieces = rows / tall * (cols / wide), each = pieces / threads;
-  static_assert(pieces % threads == 0, "every thread loads as much");
+  static_assert(rows % tall == 0 && cols % wide == 0 && pieces % threads == 0, "every thread loads as much");
   const int thread = threadIdx.x;
   for (int n = 0; n < each; n++) {
     const int i = load_in_runs ? thread * each + n : n * threads + thread;
     const int r = i / (cols / wide) * tall, c0 = i % (cols / wide) * wide;
-    if (r >= rows_left || c0 >= cols_left) continue;
-    const T* from = g + size_t(r) * stride + c0;
-    if (r + tall > rows_left || c0 + wide > cols_left) {
-      for (int j = 0; j < tall; j++)
-        for (int c = c0; c < c0 + wide; c++)
-          tile[transposed ? c * rows + r + j : r * cols + c] =
-              r + j < rows_left && c < cols_left ? to_float(from[size_t(j) * stride + c - c0]) : 0;
-      continue;
-    }
-    UNROLL for (int c = 0; c < wide; c += 8) {
-      float x[tall][8];
-      UNROLL for (int j = 0; j < tall; j++) load(from + size_t(j) * stride + c, x[j]);
+    for (int c = c0; c < c0 + wide && c < cols_left && r < rows_left; c += 8) {
+      const T* from = g + size_t(r) * stride + c;
+      float x[tall][8] = {};
+      if (r + tall <= rows_left && c + 8 <= cols_left) {
+        UNROLL for (int j = 0; j < tall; j++) {
+          load(from + size_t(j) * stride, x[j]);
+          prefetch(from + size_t(j) * stride + (transposed ? 32 : size_t(stride) * 8));  // what comes soon
+        }
+      } else {
+        UNROLL for (int e = 0; e < tall * 8; e++) {
+          const int j = e / 8, k = e % 8;
+          if (r + j < rows_left && c + k < cols_left) x[j][k] = to_float(from[size_t(j) * stride + k]);
+        }
+      }
       if constexpr (transposed) {
         float(&y)[8][tall] = transpose(x);
-        UNROLL for (int j = 0; j < 8; j++) store(tile + (c0 + c + j) * rows + r, y[j]);
+        UNROLL for (int j = 0; j < 8; j++) store(tile + (c + j) * rows + r, y[j]);
       } else {
-        store(tile + r * cols + c0 + c, x[0]);
+        store(tile + r * cols + c, x[0]);
       }
     }
   }
 }
 template <Layout layout, class T, int BM, int BN, int BK>
-__global__ void __launch_bounds__(BM / 8 * (BN / (WIDES * WIDE))) gemm_tiled_kernel(Operands p) {
-  constexpr int threads = BM / 8 * (BN / (WIDES * WIDE));
+__global__ void __launch_bounds__(BM / THREAD_M * (BN / THREAD_N)) gemm_tiled_kernel(Operands p) {
+  constexpr int threads = BM / THREAD_M * (BN / THREAD_N), down = THREAD_M / ROWS, across = THREAD_N / COLS;
   alignas(64) __shared__ float a_tile[BK * BM], b_tile[BK * BN];
   poison_shared(a_tile), poison_shared(b_tile);
   const int thread = threadIdx.x, m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, k0 = blockIdx.z * p.K_part;
-  const int m = thread % (BM / 8) * 8, n = thread / (BM / 8) * WIDES * WIDE;  // this thread's results, in the tile
-  const int M = p.M - m0, N = p.N - n0;                                       // rows and columns from the tile on
+  const int thread_m = thread % (BM / THREAD_M) * THREAD_M, thread_n = thread / (BM / THREAD_M) * THREAD_N;
+  const int M = p.M - m0, N = p.N - n0;  // rows and columns from the block's tile on
   const T* A = (const T*)p.A + (layout == Layout::AtB ? size_t(k0) * p.stride_a + m0 : size_t(m0) * p.stride_a + k0);
   const T* B = (const T*)p.B + (layout == Layout::ABt ? size_t(n0) * p.stride_b + k0 : size_t(k0) * p.stride_b + n0);
-  Wide sum[WIDES][8] = {};
+  Wide sum[down * across][ROWS][COLS / WIDE] = {};
   for (int K = p.K - k0 < p.K_part ? p.K - k0 : p.K_part; K > 0; K -= BK) {  // numbers left to sum over
     //{ gemm_tiled
     if (layout == Layout::AtB) load_floats<false, BK, BM, threads>(a_tile, A, p.stride_a, K, M);
@@ -457,23 +460,29 @@ __global__ void __launch_bounds__(BM / 8 * (BN / (WIDES * WIDE))) gemm_tiled_ker
     else load_floats<false, BK, BN, threads>(b_tile, B, p.stride_b, K, N);
     __syncthreads();  // the tiles are whole
     const int depth = K < BK ? K : BK;
-    UNROLL for (int w = 0; w < WIDES; w++) {
-      const float *a = a_tile + m, *b = b_tile + n + w * WIDE;
-      for (int k = m < M && n + w * WIDE < N ? 0 : depth; k < depth; k++, a += BM, b += BN) {
-        const Wide row = *(const Wide*)b;
-        UNROLL for (int i = 0; i < 8; i++) add_product(sum[w][i], ((const Group<float, 8>*)a)->v[i], row);
-      }
+    for (int piece = 0; piece < down * across; piece++) {
+      const int m = thread_m + piece % down * ROWS, n = thread_n + piece / down * COLS;
+      if (m >= M || n >= N) continue;
+      Wide c[ROWS][COLS / WIDE];  // the piece, in registers
+      UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < COLS / WIDE; j++) c[i][j] = sum[piece][i][j];
+      const float *a = a_tile + m, *b = b_tile + n;
+      for (int k = 0; k < depth; k++, a += BM, b += BN)
+        UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < COLS / WIDE; j++)
+            add_product(c[i][j], ((const Group<float, ROWS>*)a)->v[i], ((const Wide*)b)[j]);
+      UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < COLS / WIDE; j++) sum[piece][i][j] = c[i][j];
     }
     __syncthreads();  // nobody reads them any more
     A += layout == Layout::AtB ? size_t(BK) * p.stride_a : BK;
     B += layout == Layout::ABt ? BK : size_t(BK) * p.stride_b;
     //}
   }
-  UNROLL for (int i = 0; i < 8; i++) UNROLL for (int j = 0; j < WIDES * WIDE; j += 8) {
-    float c[8];
-    UNROLL for (int e = 0; e < 8; e++) c[e] = element(sum[j / WIDE][i], j % WIDE + e);
-    if (m + i < M && n + j < N) finish<T>(p, m0 + m + i, n0 + n + j, c);
-  }
+  for (int piece = 0; piece < down * across; piece++)
+    UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < COLS; j += 8) {
+      const int m = thread_m + piece % down * ROWS + i, n = thread_n + piece / down * COLS + j;
+      float c[8];
+      UNROLL for (int e = 0; e < 8; e++) c[e] = element(sum[piece][i][j / WIDE], j % WIDE + e);
+      if (m < M && n < N) finish<T>(p, m0 + m, n0 + n, c);
+    }
 }
 
 // Rung 3: tensor cores. A warp multiplies 16x16 by 16x8 numbers in one instruction, its operands spread over the lanes'
@@ -608,17 +617,17 @@ void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
 void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue,
                 int splits) {
   const Operands p = operands(layout, A, B, C, epilogue);
-  const bool large = int64_t(p.M) * p.N >= int64_t(multiprocessors()) * LARGE * LARGE;
+  const bool large = int64_t(p.M) * p.N >= int64_t(multiprocessors()) * LARGE_M * LARGE_N;
   with_type(C.type, [&](auto zero) {
     with_layout(layout, [&](auto known) {
       using T = decltype(zero);
-      constexpr int per_thread = 8 * WIDES * WIDE;
+      constexpr int per_thread = THREAD_M * THREAD_N;
       if (large)
-        launch_split<T, LARGE, LARGE, DEPTH>(gemm_tiled_kernel<known.value, T, LARGE, LARGE, DEPTH>, p,
-                                             LARGE * LARGE / per_thread, splits);
+        launch_split<T, LARGE_M, LARGE_N, DEPTH>(gemm_tiled_kernel<known.value, T, LARGE_M, LARGE_N, DEPTH>, p,
+                                                 LARGE_M * LARGE_N / per_thread, splits);
       else
-        launch_split<T, SMALL, SMALL, DEPTH>(gemm_tiled_kernel<known.value, T, SMALL, SMALL, DEPTH>, p,
-                                             SMALL * SMALL / per_thread, splits);
+        launch_split<T, SMALL_M, SMALL_N, DEPTH>(gemm_tiled_kernel<known.value, T, SMALL_M, SMALL_N, DEPTH>, p,
+                                                 SMALL_M * SMALL_N / per_thread, splits);
     });
   });
 }

@@ -209,10 +209,11 @@ void write_safetensors(const std::string& path, const SafeTensors& file);
 #if defined(__CUDACC__)
 #define UNROLL _Pragma("unroll")
 constexpr int row_threads = 64, column_threads = 64, element_threads = 256, elements_per_block = 2048;
-constexpr int WIDE = 8, WIDES = 1;  // a thread of gemm_tiled holds 8 rows of WIDES * WIDE results in registers
-constexpr int LARGE = 128, SMALL = 64, DEPTH = 16;  // its tiles: LARGE^2 results where they fill the chip, DEPTH of K
-constexpr int load_rows = 1, load_cols = 8;         // what a thread loads at once,
-constexpr bool load_in_runs = false;                // its neighbours what lies beside it
+constexpr int ROWS = 8, COLS = 8, WIDE = 8;            // gemm_tiled: results in registers at a time, in vectors
+constexpr int THREAD_M = 8, THREAD_N = 8, DEPTH = 16;  // in all, of a thread; numbers of K in shared memory
+constexpr int LARGE_M = 128, LARGE_N = 128, SMALL_M = 64, SMALL_N = 64;  // of a block: large where that fills the chip
+constexpr int load_rows = 1, load_cols = 8;                              // what a thread loads at once,
+constexpr bool load_in_runs = false;                                     // its neighbours what lies beside it
 struct alignas(16) Wide {
   float v[WIDE];
 };
@@ -232,6 +233,7 @@ __device__ __forceinline__ half machine_half(float x) {
 }
 typedef float Row[1][8], Column[8][1];
 __device__ __forceinline__ Column& transpose(Row& x) { return reinterpret_cast<Column&>(x); }
+__device__ __forceinline__ void prefetch(const void*) {}                 // other warps work while one waits for memory
 template <class T> __device__ __forceinline__ void poison_shared(T&) {}  // a GPU's shared memory holds anything anyway
 
 // What gemm_mma is made of (PTX manual, 'Warp-level matrix instructions' and 'cp.async'); lane = 4 g + t.
@@ -393,7 +395,12 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 inline const char* cudaGetErrorString(cudaError_t e) { return e ? "out of memory" : "no error"; }
 inline cudaError_t cudaMalloc(void** p, size_t bytes) {
   static const size_t all = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
-  return bytes < all && posix_memalign(p, 64, bytes) == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
+  const size_t large = size_t(1) << 21;  // in pages of 2 MB, where there are any: finding one of 4 KB takes time, too
+  if (bytes >= all || posix_memalign(p, bytes < large ? 64 : large, bytes) != 0) return cudaErrorMemoryAllocation;
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= large) madvise(*p, bytes, MADV_HUGEPAGE);
+#endif
+  return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* p) { return std::free(p), cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
@@ -406,16 +413,18 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
 // A register tile's rows are vectors of the machine; element-wise kernels have one thread a block, and many elements.
 constexpr int row_threads = 8, column_threads = 1, element_threads = 1, elements_per_block = 8192;
 #if defined(__AVX512F__)
-constexpr int WIDE = 16, WIDES = 2;
+constexpr int ROWS = 8, COLS = 32, WIDE = 16;  // 16 of its 32 registers for sums: enough to hide that one takes time
 #else
-constexpr int WIDE = 8, WIDES = 4;
+constexpr int ROWS = 6, COLS = 16, WIDE = 8;  // 12 of 16
 #endif
-constexpr int LARGE = 64, SMALL = 64, DEPTH = 64;  // tiles of gemm_tiled: two of 16 KB fill a core's nearest cache
-constexpr int load_rows = 8, load_cols = 64;       // what a thread loads at once,
-constexpr bool load_in_runs = true;                // and then what lies beside it
+constexpr int THREAD_M = 48, THREAD_N = 64, DEPTH = 64;  // few threads, for each comes by at every barrier
+constexpr int LARGE_M = 192, LARGE_N = 128, SMALL_M = 96, SMALL_N = 64;  // small: a batch of 64 keeps two cores busy
+constexpr int load_rows = 8, load_cols = 32;                             // what a thread loads at once,
+constexpr bool load_in_runs = true;                                      // and then what lies beside it
 typedef float Wide __attribute__((vector_size(4 * WIDE), may_alias));
 __forceinline__ void add_product(Wide& sum, float a, const Wide& b) { sum += a * b; }
 __forceinline__ float element(const Wide& x, int j) { return x[j]; }
+__forceinline__ void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // Eight neighbours at once. Vectors, not memcpy: a register written in parts would stall whoever reads it whole.
 typedef uint32_t Bits_8 __attribute__((vector_size(32), may_alias, aligned(4)));
@@ -452,8 +461,9 @@ __forceinline__ void load(const bfloat16* p, float (&x)[8]) {
   (Bits_8&)x = __builtin_convertvector(*(const Short_8*)p, Bits_8) << 16;
 }
 __forceinline__ void store(bfloat16* p, const float (&x)[8]) {  // float_to_bfloat16, 8 at once
-  const Bits_8 u = (const Bits_8&)x, nan = (Bits_8)((u & 0x7fffffff) > 0x7f800000);
-  const Bits_8 b = (~nan & ((u + 0x7fff + (u >> 16 & 1)) >> 16)) | (nan & (u >> 16 | 0x40));
+  const Float_8 value = (const Float_8&)x;
+  const Bits_8 u = (const Bits_8&)x;
+  const Bits_8 b = value != value ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16;  // NaN alone is not itself
   *(Short_8*)p = __builtin_convertvector(b, Short_8);
 }
 // Halves by the machine's own instruction, where the compiler offers one; mp.cu's bit operations, where not.
