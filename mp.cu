@@ -617,7 +617,7 @@ void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
 void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue,
                 int splits) {
   const Operands p = operands(layout, A, B, C, epilogue);
-  const bool large = int64_t(p.M) * p.N >= int64_t(multiprocessors()) * LARGE_M * LARGE_N;
+  const bool large = p.M > SMALL_M && int64_t(p.M) * p.N >= int64_t(multiprocessors()) * LARGE_M * LARGE_N;
   with_type(C.type, [&](auto zero) {
     with_layout(layout, [&](auto known) {
       using T = decltype(zero);
