@@ -495,8 +495,8 @@ __device__ __forceinline__ int place(int row, int chunk) { return row * 64 + (ch
 // rows x 64 numbers from g on. along: k runs along the stored rows, as in A of A B^T; else it counts them.
 template <bool along, int rows, class T>
 __device__ __forceinline__ void load_tile(T* tile, const T* g, int stride, int rows_left, int K) {
-  UNROLL for (int i = threadIdx.x; i < rows * 8; i += mma_threads) {
-    const int panel = i / 512 * 64, r = i / 8 % 64, chunk = i % 8;
+  UNROLL for (int n = 0; n < rows * 8 / mma_threads; n++) {
+    const int i = n * mma_threads + int(threadIdx.x), panel = i / 512 * 64, r = i / 8 % 64, chunk = i % 8;
     const int y = along ? panel + r : r, x = (along ? 0 : panel) + chunk * 8;
     const int left = y < (along ? rows_left : K) ? (along ? K : rows_left) - x : 0;  // numbers that exist from here on
     const int bytes = left >= 8 ? 16 : left > 0 ? left * 2 : 0;
@@ -1757,10 +1757,17 @@ static void take_options(Options& o, const SafeTensors& file, const std::string&
   const auto precision = file.metadata.find("precision");
   const bool new_precision =
       o.has("precision") && precision != file.metadata.end() && precision->second != find_option("precision")->get(o);
+  Options held;
   for (const Option& option : option_table) {
     if (!option.saved || o.has(option.name) || !file.metadata.count(option.name)) continue;
     if (new_precision && !strcmp(option.name, "loss-scale")) continue;  // it has its own default
-    read_metadata(file, path, option.name, [&](const std::string& value) { option.set(o, value); });
+    read_metadata(file, path, option.name,
+                  [&](const std::string& value) { option.set(o, value), option.set(held, value); });
+  }
+  try {
+    refuse_contradictions(held);
+  } catch (const UsageError& error) {
+    fail("%s: it says %s; the file is damaged", path.c_str(), error.what());
   }
 }
 
@@ -2209,8 +2216,8 @@ static int sweep(const Options& o, const Dataset& data) {
   std::vector<float> values;
   for (int exponent = -24; exponent <= 24; exponent += 2) values.push_back(std::ldexp(1.f, exponent));
   if (rates) values = {1e-4f, 3e-4f, 1e-3f, 3e-3f, 0.01f, 0.03f, 0.1f, 0.3f};
-  Plot p = {format("Test accuracy over %s, %s, %d epochs", rates ? "the learning rate" : "a fixed loss scale",
-                   joined(o.layers, "-").c_str(), o.epochs),
+  Plot p = {format("Test accuracy over %s, %s, %d epoch%s", rates ? "the learning rate" : "a fixed loss scale",
+                   joined(o.layers, "-").c_str(), o.epochs, o.epochs > 1 ? "s" : ""),
             rates ? "learning rate" : "loss scale",
             "test accuracy, per cent",
             {},
@@ -2674,8 +2681,11 @@ static int answer(Options o) {
   for (size_t n = 1; n < o.files.size(); n++) try {
       const Bytes pixels = parse_file(o.files[n], "predict takes a PNG or JPEG of one digit",
                                       [&](const Bytes& bytes) { return as_mnist(parse_picture(bytes), side); });
+      const std::vector<float> z = logits(net, pixels);
+      if (!std::all_of(z.begin(), z.end(), [](float x) { return isfinite(x); }))
+        fail("%s: answers NaN or infinity: its training came to nothing, train it again", o.files[0].c_str());
       printf("%s: ", o.files[n].c_str());
-      show(pixels, side, logits(net, pixels));
+      show(pixels, side, z);
     } catch (const Error& error) {
       fprintf(stderr, "mp: %s\n", error.what());
       status = 1;

@@ -432,11 +432,12 @@ typedef uint16_t Short_8 __attribute__((vector_size(16), may_alias, aligned(2)))
 typedef float Float_8 __attribute__((vector_size(32), may_alias, aligned(4)));
 __forceinline__ void load(const float* p, float (&x)[8]) { (Float_8&)x = *(const Float_8*)p; }
 __forceinline__ void store(float* p, const float (&x)[8]) { *(Float_8*)p = (const Float_8&)x; }
-template <int... from> __forceinline__ Float_8 pick(Float_8 a, Float_8 b) {  // elements 0..7 of a, 8..15 of b
+template <int... from>
+__forceinline__ void pick(Float_8& to, const Float_8& a, const Float_8& b) {  // elements 0..7 of a, 8..15 of b
 #if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(a, b, from...);
+  to = __builtin_shufflevector(a, b, from...);
 #else
-  return __builtin_shuffle(a, b, Bits_8{from...});
+  to = __builtin_shuffle(a, b, Bits_8{from...});
 #endif
 }
 typedef float Square[8][8];
@@ -444,16 +445,16 @@ __forceinline__ Square& transpose(Square& x) {  // rows 4, 2, 1 apart exchange t
   Float_8* const r = (Float_8*)x;
   UNROLL for (int i = 0; i < 4; i++) {
     const Float_8 a = r[i], b = r[i + 4];
-    r[i] = pick<0, 1, 2, 3, 8, 9, 10, 11>(a, b), r[i + 4] = pick<4, 5, 6, 7, 12, 13, 14, 15>(a, b);
+    pick<0, 1, 2, 3, 8, 9, 10, 11>(r[i], a, b), pick<4, 5, 6, 7, 12, 13, 14, 15>(r[i + 4], a, b);
   }
   UNROLL for (int i = 0; i < 8; i++) {
     if (i & 2) continue;
     const Float_8 a = r[i], b = r[i + 2];
-    r[i] = pick<0, 1, 8, 9, 4, 5, 12, 13>(a, b), r[i + 2] = pick<2, 3, 10, 11, 6, 7, 14, 15>(a, b);
+    pick<0, 1, 8, 9, 4, 5, 12, 13>(r[i], a, b), pick<2, 3, 10, 11, 6, 7, 14, 15>(r[i + 2], a, b);
   }
   UNROLL for (int i = 0; i < 8; i += 2) {
     const Float_8 a = r[i], b = r[i + 1];
-    r[i] = pick<0, 8, 2, 10, 4, 12, 6, 14>(a, b), r[i + 1] = pick<1, 9, 3, 11, 5, 13, 7, 15>(a, b);
+    pick<0, 8, 2, 10, 4, 12, 6, 14>(r[i], a, b), pick<1, 9, 3, 11, 5, 13, 7, 15>(r[i + 1], a, b);
   }
   return x;
 }

@@ -2699,6 +2699,7 @@ TEST_SUITE("checkpoints") {
         {"scale", "inf"}, {"tracker", "-1"}, {"lr", "0"},     {"update", ""},   {"precision", "fp64"}, {"seed", "y"}};
     for (const auto& [key, value] : damaged)
       check_refused(with(key, value), {"c: ", key + " '" + value + "'", "damaged"});
+    check_refused(with("precision", "fp32"), {"c: it says --loss-scale dynamic with --precision fp32", "damaged"});
   }
   TEST_CASE("--init takes the weights of any program's file, and nothing else") {
     const Workplace w;
@@ -2920,7 +2921,7 @@ TEST_SUITE("predict") {
     check_words(want, {"█", "  9  10.0% ██"});
     check_words(w.run("predict m grey.png", "LC_ALL=C").out, {"@@@", "  9  10.0% ##"});
     w.put("nan", ignorant(784, 10, '\xff'));
-    check_success(w.run("predict nan grey.png", "LC_ALL=C"));
+    check_refused(w.run("predict nan grey.png"), {"nan: answers NaN or infinity"});
   }
   TEST_CASE("what cannot be read is told in a line, and the others are answered") {
     const Workplace w;
