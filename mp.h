@@ -643,6 +643,12 @@ inline void run_block(int number, const Launch& launch) {
 }
 
 // -- The pool: whoever is free takes the next block --
+inline void wait_a_moment([[maybe_unused]] int waited) {  // most waits are short: not worth a call of the system
+#if defined(__x86_64__)
+  if (waited < 1000) return __builtin_ia32_pause();
+#endif
+  std::this_thread::yield();
+}
 struct Pool {
   std::atomic<int> left{0}, unfinished{0};  // blocks that nobody has taken, below 0 at the pool's end; that still run
   std::mutex mutex;
@@ -673,7 +679,7 @@ struct Pool {
   }
   void help() {
     for (; left >= 0; work()) {
-      for (int spins = 0; spins < 2000 && left == 0; spins++) std::this_thread::yield();  // some 1 ms, then sleep
+      for (int n = 0; n < 3000 && left == 0; n++) wait_a_moment(n);  // some 1 ms, then sleep
       if (left != 0) continue;
       std::unique_lock<std::mutex> lock(mutex);
       wake.wait(lock, [this] { return left != 0; });
@@ -688,7 +694,7 @@ struct Pool {
     launch = &l, unfinished = blocks;
     tell(blocks);
     work();
-    while (unfinished > 0) std::this_thread::yield();
+    for (int n = 0; unfinished > 0; n++) wait_a_moment(n);
   }
 };
 inline std::unique_ptr<Pool>& pool() {  // MP_THREADS=N, else every core
