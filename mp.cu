@@ -3,7 +3,7 @@
 // article's equations.
 //
 // It does: fp16 or bf16 storage and arithmetic with fp32 sums, fp32 master weights, dynamic loss scaling, plain SGD.
-// It refuses: convolutions, other optimizers, several GPUs, a framework. Some 750 lines of method come first.
+// It refuses: convolutions, other optimizers, several GPUs, a framework. Some 760 lines of method come first.
 //
 //   make run                    builds it and learns the digits in data/, with a GPU or without
 //   make test                   proves it
@@ -106,7 +106,7 @@ template <class T> __device__ T round_to(float x);
 template <> __device__ __forceinline__ float round_to(float x) { return x; }
 template <> __device__ __forceinline__ half round_to(float x) { return machine_half(x); }
 template <> __device__ __forceinline__ bfloat16 round_to(float x) { return float_to_bfloat16(x); }
-// n neighbours, aligned as the largest power of two in their size, at most to 16 bytes
+// n neighbours, aligned to the largest power of two that divides their size, at most 16: 6 floats to 8 bytes
 template <class T, int n> struct alignas((n * sizeof(T) | 16) & -(n * sizeof(T) | 16)) Group { T v[n]; };
 template <class T, int n> __device__ __forceinline__ void load(const T* p, float (&x)[n]) {
   const Group<T, n> group = *(const Group<T, n>*)p;
@@ -406,9 +406,9 @@ template <Layout layout, class T> __global__ void gemm_naive_kernel(Operands p) 
 
 // Rung 2: a block computes a tile of BM x BN results. It brings the operands BK at a time into shared memory, as floats
 // and with k first, where each is read BM or BN times instead of from far away. Of the tile a thread computes THREAD_M x
-// THREAD_N, ROWS x COLS of them at a time in registers. load_floats: rows x cols numbers from g on, [cols][rows] if
-// transposed. What lies beyond the operand's edge is left as it is, for it reaches only results that do not exist
-// either; eight numbers across it are filled up with zeros.
+// THREAD_N: `down` times `across` register tiles of ROWS x COLS, one after another. load_floats: rows x cols numbers from
+// g on, [cols][rows] if transposed. Up to the next multiple of 8 what lies beyond the operand's edge becomes 0; what is
+// further out is left as it is, for it reaches only sums that are not stored.
 template <bool transposed, int rows, int cols, int threads, class T>
 __device__ __forceinline__ void load_floats(float* tile, const T* g, int stride, int rows_left, int cols_left) {
   constexpr int tall = transposed ? load_rows : 1, wide = transposed ? 8 : load_cols;
@@ -418,13 +418,13 @@ __device__ __forceinline__ void load_floats(float* tile, const T* g, int stride,
   for (int n = 0; n < each; n++) {
     const int i = load_in_runs ? thread * each + n : n * threads + thread;
     const int r = i / (cols / wide) * tall, c0 = i % (cols / wide) * wide;
-    for (int c = c0; c < c0 + wide && c < cols_left && r < rows_left; c += 8) {
+    for (int c = c0; c < c0 + wide && c < cols_left && r < (rows_left + 7) / 8 * 8; c += 8) {
       const T* from = g + size_t(r) * stride + c;
       float x[tall][8] = {};
       if (r + tall <= rows_left && c + 8 <= cols_left) {
         UNROLL for (int j = 0; j < tall; j++) {
           load(from + size_t(j) * stride, x[j]);
-          prefetch(from + size_t(j) * stride + (transposed ? 32 : size_t(stride) * 8));  // what comes soon
+          prefetch(from + size_t(j) * stride + (transposed ? 32 : size_t(stride) * 8));  // four turns on
         }
       } else {
         UNROLL for (int e = 0; e < tall * 8; e++) {
@@ -441,11 +441,16 @@ __device__ __forceinline__ void load_floats(float* tile, const T* g, int stride,
     }
   }
 }
+// One array for all types and layouts, for on a CPU every OS thread has it in its stack
+template <int n> __device__ __forceinline__ float* shared_floats() {
+  alignas(64) __shared__ float array[n];
+  poison_shared(array);
+  return array;
+}
 template <Layout layout, class T, int BM, int BN, int BK>
 __global__ void __launch_bounds__(BM / THREAD_M * (BN / THREAD_N)) gemm_tiled_kernel(Operands p) {
   constexpr int threads = BM / THREAD_M * (BN / THREAD_N), down = THREAD_M / ROWS, across = THREAD_N / COLS;
-  alignas(64) __shared__ float a_tile[BK * BM], b_tile[BK * BN];
-  poison_shared(a_tile), poison_shared(b_tile);
+  float *const a_tile = shared_floats<BK*(BM + BN)>(), *const b_tile = a_tile + BK * BM;  // [BK][BM], [BK][BN]
   const int thread = threadIdx.x, m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, k0 = blockIdx.z * p.K_part;
   const int thread_m = thread % (BM / THREAD_M) * THREAD_M, thread_n = thread / (BM / THREAD_M) * THREAD_N;
   const int M = p.M - m0, N = p.N - n0;  // rows and columns from the block's tile on
@@ -617,7 +622,8 @@ void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
 void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue,
                 int splits) {
   const Operands p = operands(layout, A, B, C, epilogue);
-  const bool large = p.M > SMALL_M && int64_t(p.M) * p.N >= int64_t(multiprocessors()) * LARGE_M * LARGE_N;
+  // Where they keep every core busy, and have rows enough. The sums are the same, in the same order.
+  const bool large = p.M > SMALL_M && int64_t(p.M) * p.N >= int64_t(cores()) * LARGE_M * LARGE_N;
   with_type(C.type, [&](auto zero) {
     with_layout(layout, [&](auto known) {
       using T = decltype(zero);
@@ -2683,7 +2689,7 @@ static int answer(Options o) {
                                       [&](const Bytes& bytes) { return as_mnist(parse_picture(bytes), side); });
       const std::vector<float> z = logits(net, pixels);
       if (!std::all_of(z.begin(), z.end(), [](float x) { return isfinite(x); }))
-        fail("%s: answers NaN or infinity: its training came to nothing, train it again", o.files[0].c_str());
+        fail("%s: %s answers NaN or infinity; train it again, or in fp32", o.files[n].c_str(), o.files[0].c_str());
       printf("%s: ", o.files[n].c_str());
       show(pixels, side, z);
     } catch (const Error& error) {

@@ -209,11 +209,12 @@ void write_safetensors(const std::string& path, const SafeTensors& file);
 #if defined(__CUDACC__)
 #define UNROLL _Pragma("unroll")
 constexpr int row_threads = 64, column_threads = 64, element_threads = 256, elements_per_block = 2048;
-constexpr int ROWS = 8, COLS = 8, WIDE = 8;            // gemm_tiled: results in registers at a time, in vectors
-constexpr int THREAD_M = 8, THREAD_N = 8, DEPTH = 16;  // in all, of a thread; numbers of K in shared memory
-constexpr int LARGE_M = 128, LARGE_N = 128, SMALL_M = 64, SMALL_N = 64;  // of a block: large where that fills the chip
-constexpr int load_rows = 1, load_cols = 8;                              // what a thread loads at once,
-constexpr bool load_in_runs = false;                                     // its neighbours what lies beside it
+// gemm_tiled: a thread's registers hold ROWS x COLS results, in vectors of WIDE; in all it has THREAD_M x THREAD_N. A
+// block has LARGE_M x LARGE_N, or SMALL_M x SMALL_N, and brings DEPTH of K into shared memory at a time.
+constexpr int ROWS = 8, COLS = 8, WIDE = 8, THREAD_M = 8, THREAD_N = 8;
+constexpr int LARGE_M = 128, LARGE_N = 128, SMALL_M = 64, SMALL_N = 64, DEPTH = 16;
+constexpr int load_rows = 1, load_cols = 8;  // what a thread loads at once,
+constexpr bool load_in_runs = false;         // its neighbours what lies beside it
 struct alignas(16) Wide {
   float v[WIDE];
 };
@@ -300,6 +301,7 @@ inline const cudaDeviceProp& device() {
 }
 inline std::string machine() { return std::string(device().name) + " (CUDA)"; }
 inline int multiprocessors() { return device().multiProcessorCount; }
+inline int cores() { return multiprocessors(); }
 inline int compute_capability() { return 10 * device().major + device().minor; }  // 75 for sm_75
 inline cudaStream_t stream() {  // one, for only a stream of one's own can be captured; copies wait for it
   static cudaStream_t s = nullptr;
@@ -395,7 +397,7 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 inline const char* cudaGetErrorString(cudaError_t e) { return e ? "out of memory" : "no error"; }
 inline cudaError_t cudaMalloc(void** p, size_t bytes) {
   static const size_t all = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
-  const size_t large = size_t(1) << 21;  // in pages of 2 MB, where there are any: finding one of 4 KB takes time, too
+  const size_t large = size_t(1) << 21;  // in pages of 2 MB, for the TLB holds few addresses of pages
   if (bytes >= all || posix_memalign(p, bytes < large ? 64 : large, bytes) != 0) return cudaErrorMemoryAllocation;
 #if defined(MADV_HUGEPAGE)
   if (bytes >= large) madvise(*p, bytes, MADV_HUGEPAGE);
@@ -413,14 +415,14 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
 // A register tile's rows are vectors of the machine; element-wise kernels have one thread a block, and many elements.
 constexpr int row_threads = 8, column_threads = 1, element_threads = 1, elements_per_block = 8192;
 #if defined(__AVX512F__)
-constexpr int ROWS = 8, COLS = 32, WIDE = 16;  // 16 of its 32 registers for sums: enough to hide that one takes time
+constexpr int ROWS = 8, COLS = 32, WIDE = 16;  // 16 of 32 registers: sums enough to hide a sum's latency
 #else
-constexpr int ROWS = 6, COLS = 16, WIDE = 8;  // 12 of 16
+constexpr int ROWS = 6, COLS = 16, WIDE = 8;  // 12 of 16 registers
 #endif
-constexpr int THREAD_M = 48, THREAD_N = 64, DEPTH = 64;  // few threads, for each comes by at every barrier
-constexpr int LARGE_M = 192, LARGE_N = 128, SMALL_M = 96, SMALL_N = 64;  // small: a batch of 64 keeps two cores busy
-constexpr int load_rows = 8, load_cols = 32;                             // what a thread loads at once,
-constexpr bool load_in_runs = true;                                      // and then what lies beside it
+constexpr int THREAD_M = 48, THREAD_N = 64;  // few threads: each costs a switch at every barrier
+constexpr int LARGE_M = 192, LARGE_N = 128, SMALL_M = 96, SMALL_N = 64, DEPTH = 64;
+constexpr int load_rows = 8, load_cols = 32;  // what a thread loads at once,
+constexpr bool load_in_runs = true;           // and then what lies beside it
 typedef float Wide __attribute__((vector_size(4 * WIDE), may_alias));
 __forceinline__ void add_product(Wide& sum, float a, const Wide& b) { sum += a * b; }
 __forceinline__ float element(const Wide& x, int j) { return x[j]; }
@@ -464,7 +466,8 @@ __forceinline__ void load(const bfloat16* p, float (&x)[8]) {
 __forceinline__ void store(bfloat16* p, const float (&x)[8]) {  // float_to_bfloat16, 8 at once
   const Float_8 value = (const Float_8&)x;
   const Bits_8 u = (const Bits_8&)x;
-  const Bits_8 b = value != value ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16;  // NaN alone is not itself
+  const Bits_8 b =
+      value != value ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16;  // only NaN differs from itself
   *(Short_8*)p = __builtin_convertvector(b, Short_8);
 }
 // Halves by the machine's own instruction, where the compiler offers one; mp.cu's bit operations, where not.
@@ -694,7 +697,7 @@ struct Pool {
     launch = &l, unfinished = blocks;
     tell(blocks);
     work();
-    for (int n = 0; unfinished > 0; n++) wait_a_moment(n);
+    for (int n = 0; unfinished > 0; n = std::min(n + 1, 1000)) wait_a_moment(n);
   }
 };
 inline std::unique_ptr<Pool>& pool() {  // MP_THREADS=N, else every core
@@ -808,6 +811,7 @@ template <int n> void copy_wait() {
   for (auto c = copies.begin(); c != newest; c = copies.erase(c)) c->second();
 }
 inline int multiprocessors() { return 1; }  // a product is not split for a CPU's few cores
+inline int cores() { return int(cpu::pool()->helpers.size()) + 1; }
 constexpr bool real_tensor_cores = false, launches_wait = true;
 inline int compute_capability() { return 80; }  // of the instructions imitated above
 struct Graph {};
