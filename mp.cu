@@ -424,7 +424,7 @@ __device__ __forceinline__ void load_floats(float* tile, const T* g, int stride,
       if (r + tall <= rows_left && c + 8 <= cols_left) {
         UNROLL for (int j = 0; j < tall; j++) {
           load(from + size_t(j) * stride, x[j]);
-          prefetch(from + size_t(j) * stride + (transposed ? 32 : size_t(stride) * 8));  // four turns on
+          prefetch(from + size_t(j) * stride + (transposed ? 32 : size_t(stride) * 8));  // 4 turns, or 8 rows, ahead
         }
       } else {
         UNROLL for (int e = 0; e < tall * 8; e++) {

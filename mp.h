@@ -810,8 +810,8 @@ template <int n> void copy_wait() {
   const auto newest = copies.lower_bound(cpu::this_thread().commits - n);
   for (auto c = copies.begin(); c != newest; c = copies.erase(c)) c->second();
 }
-inline int multiprocessors() { return 1; }  // a product is not split for a CPU's few cores
-inline int cores() { return int(cpu::pool()->helpers.size()) + 1; }
+inline int multiprocessors() { return 1; }                           // a product is not split for a CPU's few cores
+inline int cores() { return int(cpu::pool()->helpers.size()) + 1; }  // each takes a block at a time
 constexpr bool real_tensor_cores = false, launches_wait = true;
 inline int compute_capability() { return 80; }  // of the instructions imitated above
 struct Graph {};
