@@ -206,23 +206,24 @@ check-%:
 	@test ! -t 1 || printf 'checking\r'
 	@$(MAKE) -s $(X)/tests 2>$(X)/errors || \
 	  { echo "$*: does not compile. Begin with the first error"; head -30 $(X)/errors; exit 1; }
-	@cd $(X); ulimit -c 0; \
-	{ MP_ORDER=forward $(TIMED) ./tests -ts=$* --reporters=student --out=report 2>&1; echo $$? >status; } 2>/dev/null | fold -w 76 | \
+	@cd $(X); ulimit -c 0; export MP_ORDER=forward; \
+	{ (exec $(TIMED) ./tests -ts=$* --reporters=student --out=report 2>&1); echo $$? >status; } 2>/dev/null | fold -w 76 | \
 	  awk 'NR <= 20 { print "  | " $$0 } END { if (NR > 20) print "  | and " NR - 20 " more lines" }' >printed
 	@case $$(cat $(X)/status) in \
 	  0) why=done;; \
 	  1) why="not yet right";; \
-	  124|142) why="stopped after $(LIMIT) seconds: a loop that never ends?";; \
+	  124|142) why="stopped after $(LIMIT) seconds: an endless loop? Or too much printed?";; \
 	  *) why="crashed: a row, column or count beyond an array?";; \
 	esac; \
 	grep -q 'wait for each other' $(X)/printed && why="stopped: threads wait for each other"; \
 	echo "$*: $$why"; \
-	echo "$(X)/mp.cu:$$(sed -n '/\/\/{ $*/=' $(X)/mp.cu)   walkthrough.md, $(call heading,$*)"; \
+	echo "$(X)/mp.cu:$$(sed -n '/\/\/{ $*/=' $(X)/mp.cu)"; \
+	echo "walkthrough.md, $(call heading,$*)"; \
 	cat $(X)/errors $(X)/report; \
 	test ! -s $(X)/printed || { echo "Printed by the program:"; cat $(X)/printed; }; \
 	case $$why in \
 	  done) exit;; \
-	  not*) echo "Edit the region, then make check-$* again; make hint-$* gives two hints"; exit 1;; \
+	  not*) echo "Edit the region and check again; make hint-$* gives two hints"; exit 1;; \
 	  crashed*) echo "Looking for the line, under AddressSanitizer:"; $(FIND);; \
 	esac; \
 	echo "In a debugger: cd $(X)"; echo "MP_THREADS=1 gdb -ex run --args ./tests -ts=$* --no-breaks"; exit 1
