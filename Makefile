@@ -2,6 +2,7 @@
 # make run         learns the digits in data/;  make run ARGS="--precision fp32" passes options on
 # make test        runs all tests;  make test SANITIZE=1 runs them under AddressSanitizer and UBSan
 # make exercises   lists the exercises: pieces of mp.cu for you to write, each with a check and two hints
+# make check-all   checks all that you have begun;  make check-all FOLDERS="DIR DIR": a row for each checkout
 # make plots       draws data/scale.svg, rate.svg and histogram.svg again
 # make mnist       downloads MNIST into build/mnist;  make digits draws data/ again
 # make fuzz        feeds RUNS=100000 damaged inputs to each reader of files, with clang++;  make fuzz READERS=gz: to one
@@ -67,17 +68,16 @@ $(B)/tests: $(B)/tests.o $(B)/mp.o
 HEADERS = \043include <stb/stb_image.h>\n\043include <doctest/doctest.h>\n
 MISSING = $(shell printf '$(HEADERS)' | $(CXX) -x c++ -fsyntax-only - 2>/dev/null || echo yes)
 INSTALL = apt-get install -y -q doctest-dev libstb-dev
+AS_ROOT = $(if $(filter 0,$(shell id -u)),env,$(shell command -v sudo))
 packages:
-	@test -z "$(MISSING)" || if command -v apt-get >/dev/null; then \
-	  test $$(id -u) = 0 || sudo=sudo; \
-	  echo "installing the packages doctest-dev and libstb-dev: $$sudo $(INSTALL)"; \
-	  $$sudo $(INSTALL) >/dev/null 2>&1 || { $$sudo apt-get update -q && $$sudo $(INSTALL); }; \
-	else \
-	  echo "mp needs a C++17 compiler and the headers <doctest/doctest.h> and <stb/stb_image.h>:"; \
-	  echo "  Fedora: dnf install doctest-devel stb-devel"; \
-	  echo "  macOS:  brew install doctest, and stb_image.h from github.com/nothings/stb in a folder stb/ on CPATH"; \
-	  exit 1; \
-	fi
+	@test -z "$(MISSING)" || { test -n "$(AS_ROOT)" && command -v apt-get >/dev/null && \
+	  echo "installing packages: $(AS_ROOT) $(INSTALL)" && \
+	  { $(AS_ROOT) $(INSTALL) >/dev/null 2>&1 || { $(AS_ROOT) apt-get update -q && $(AS_ROOT) $(INSTALL); }; }; } || { \
+	  echo "mp needs a C++17 compiler and the headers of doctest and stb. Packages:"; \
+	  echo "  Debian doctest-dev and libstb-dev, Fedora doctest-devel and stb-devel. Else put"; \
+	  echo "  doctest.h from github.com/doctest/doctest into ~/include/doctest/ and"; \
+	  echo "  stb_image.h from github.com/nothings/stb into ~/include/stb/. Then"; \
+	  echo "  export CPLUS_INCLUDE_PATH=~/include, and make again."; exit 1; }
 
 # Each parser (pictures, data files, checkpoints, options) under AddressSanitizer and UBSan. Inputs that reach new code
 # are kept in build/fuzz/corpus.
@@ -98,14 +98,16 @@ fuzz: build/fuzz/mp $(B)/tests
 	  echo "$$reader: $$(sed -n 's/stat::number_of_executed_units: *//p' build/fuzz/log) inputs, no finding"; \
 	done
 
+MNIST_FILES = train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1
 MNIST = https://ossci-datasets.s3.amazonaws.com/mnist
 build/mnist/%.gz:
 	@mkdir -p build/mnist
 	@echo "downloading $(MNIST)/$*.gz"
-	@curl -fsSL $(MNIST)/$*.gz -o build/mnist/part || \
-	  { echo "could not download $(MNIST)/$*.gz: is the network up, and is curl installed?"; exit 1; }
+	@curl -fsSL $(MNIST)/$*.gz -o build/mnist/part || { \
+	  echo "could not download it: is the network up, is curl installed? Or put into build/mnist:"; \
+	  printf '  %s-ubyte.gz\n' $(MNIST_FILES); exit 1; }
 	@mv build/mnist/part $@
-mnist: $(patsubst %,build/mnist/%-ubyte.gz,train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1)
+mnist: $(MNIST_FILES:%=build/mnist/%-ubyte.gz)
 	@cd build/mnist && printf '%s  %s-ubyte.gz\n' \
 	  db8f937d487057fb14a9f0fbe97f0bc8d311ab41b750d41e1ff37c43b9e55e19 train-images-idx3 \
 	  51fc562b6747b666fbf6e84ce29d43c3cb5f9c388c664d43b33f02095313405a train-labels-idx1 \
@@ -146,9 +148,6 @@ CLASS = $(CXX) -x c++ -std=c++17 $(WARN) -Wno-unused $(NATIVE) -pthread
 ASAN = -fsanitize=address -DMP_ASAN
 REGIONS = $(shell awk '$$1 == "//{" { print $$2 }' mp.cu)
 X = build/exercise-$*
-# The limit on a check in seconds
-LIMIT = 60
-TIMED = $(if $(shell command -v timeout),timeout $(LIMIT),perl -e 'alarm shift; exec @ARGV' $(LIMIT))
 # What mp.cu and walkthrough.md say about the exercise $(1)
 code = awk -v name=$(1) '$$1 == "//}" { inside = 0 } inside; $$1 == "//{" && $$2 == name { inside = 1 }'
 heading = $$(sed "/^[*][*]Exercise $(1):/q" walkthrough.md | sed -n 's/^\#\#* //p' | tail -1)
@@ -170,55 +169,37 @@ LINKED = cd $(X) && ln -sf ../../Makefile ../../mp.h ../../tests.cpp ../../data 
 
 exercises:
 	@for name in $(REGIONS); do \
-	  folder=build/exercise-$$name; state="not checked"; \
 	  if ! $(call begun,$$name); then state="not started"; \
-	  elif test $$folder/passed -nt $$folder/mp.cu; then state=done; \
-	  elif test $$folder/tried -nt $$folder/mp.cu; then state="tried, fails"; fi; \
-	  printf '%-12s  %-19s  %s\n' "$$state" $$name "$(call title,$$name)"; \
+	  elif test build/exercise-$$name/passed -nt build/exercise-$$name/mp.cu; then state=done; else state=begun; fi; \
+	  printf '%-11s  %-19s  %s\n' "$$state" $$name "$(call title,$$name)"; \
 	done
-	@echo "Begin one with make exercise-NAME; edit build/exercise-NAME/mp.cu; make check-NAME;"
-	@echo "make hint-NAME. make check-all checks all that you have begun."
+	@echo "Begin one with make exercise-NAME. Then make check-NAME; make hint-NAME; make check-all"
 exercise-%:
-	@$(KNOWN)
-	@test ! -e $(X) || { echo "$(X) holds your work and stays."; \
-	  echo "To begin anew: rm -r $(X), then make exercise-$*"; exit 1; }
-	@mkdir -p $(X)
-	@$(LINKED)
+	@$(KNOWN); test ! -e $(X) || { echo "$(X) holds your work. To begin anew, first rm -r it"; exit 1; }
+	@mkdir -p $(X); $(LINKED)
 	@awk -v name=$* '$$1 == "//}" { inside = 0 } !inside; \
 	  $$1 == "//{" && $$2 == name { inside = 1; sub(/\/\/.*/, "// your code"); print }' mp.cu > $(X)/mp.cu
 	@awk '/^```$$/ { inside = 0 } !inside; /^<!-- region $* -->/ { here = 1 } \
 	  /^```cpp/ && here { here = 0; inside = 1; print "// your code" }' walkthrough.md > $(X)/walkthrough.md
-	@echo "$*: $(call title,$*)"
-	@echo "walkthrough.md, $(call heading,$*)"
-	@echo; $(call task,$*); echo
-	@echo "Write it in $(X)/mp.cu, line $$(sed -n '/\/\/ your code/=' $(X)/mp.cu)."
-	@echo "Then make check-$*"
+	@echo "$*: $(call title,$*)"; echo "$(PLACE)"; echo; $(call task,$*); echo
+	@echo "Write it in $(X)/mp.cu, line $$(sed -n '/\/\/ your code/=' $(X)/mp.cu)."; echo "Then make check-$*"
 # First the verdict, then what the tests report, then what the program itself prints: 20 lines of it. Shared memory
 # starts as NaN (MP_ORDER). After a crash the same tests run under AddressSanitizer, which knows the line.
 check-%:
-	@$(KNOWN)
-	@$(STARTED)
-	@$(MARKED)
-	@$(WRITTEN)
-	@$(LINKED)
-	@touch $(X)/tried; rm -f $(X)/passed $(X)/report
-	@$(MAKE) -s build/class/tests.o
-	@test ! -t 1 || printf 'checking\r'
+	@$(KNOWN); $(STARTED); $(MARKED); $(WRITTEN); $(LINKED); rm -f passed report
+	@$(MAKE) -s build/class/tests.o && { test ! -t 1 || printf 'checking\r'; }
 	@$(MAKE) -s $(X)/tests 2>$(X)/errors || \
 	  { echo "$*: does not compile. Begin with the first error"; head -30 $(X)/errors; exit 1; }
-	@cd $(X); ulimit -c 0; export MP_ORDER=forward; \
-	{ (exec $(TIMED) ./tests -ts=$* --reporters=student --out=report 2>&1); echo $$? >status; } 2>/dev/null | fold -w 76 | \
+	@cd $(X); $(LIMITED); { (exec ./tests $(ONLY) --out=report 2>&1); echo $$? >status; } 2>/dev/null | fold -w 76 | \
 	  awk 'NR <= 20 { print "  | " $$0 } END { if (NR > 20) print "  | and " NR - 20 " more lines" }' >printed
 	@case $$(cat $(X)/status) in \
 	  0) why=done;; \
 	  1) why="not yet right";; \
-	  124|142) why="stopped after $(LIMIT) seconds: an endless loop? Or too much printed?";; \
+	  152) why="stopped after $(LIMIT) seconds of computing: an endless loop, or much printed?";; \
 	  *) why="crashed: a row, column or count beyond an array?";; \
 	esac; \
-	grep -q 'wait for each other' $(X)/printed && why="stopped: threads wait for each other"; \
-	echo "$*: $$why"; \
-	echo "$(X)/mp.cu:$$(sed -n '/\/\/{ $*/=' $(X)/mp.cu)"; \
-	echo "walkthrough.md, $(call heading,$*)"; \
+	ended=$$(sed -n 's/^  | block (.*: \([^(]*\).*/\1/p' $(X)/printed); test -z "$$ended" || why="stopped: $$ended"; \
+	echo "$*: $$why"; echo "$(X)/mp.cu:$$(sed -n '/\/\/{ $*/=' $(X)/mp.cu)"; echo "$(PLACE)"; \
 	cat $(X)/errors $(X)/report; \
 	test ! -s $(X)/printed || { echo "Printed by the program:"; cat $(X)/printed; }; \
 	case $$why in \
@@ -227,12 +208,16 @@ check-%:
 	  crashed*) echo "Looking for the line, under AddressSanitizer:"; $(FIND);; \
 	esac; \
 	echo "In a debugger: cd $(X)"; echo "MP_THREADS=1 gdb -ex run --args ./tests -ts=$* --no-breaks"; exit 1
-	@touch $(X)/passed
-	@echo "Why it matters: $(call reason,$*)" | fold -s -w 79
+	@touch $(X)/passed; echo "Why it matters: $(call reason,$*)" | fold -s -w 79
 	@next=$$(printf '%s\n' $(REGIONS) | sed -n '/^$*$$/{n;p;}'); test -z "$$next" || echo "Next: make exercise-$$next"
+PLACE = walkthrough.md, $(call heading,$*)
+ONLY = --test-suite=$* --reporters=student
+# Seconds of computing; imitated tensor cores take long
+LIMIT = $(if $(findstring mma,$*),90,30)
+LIMITED = ulimit -c 0; ulimit -S -t $(LIMIT); export MP_ORDER=forward
 # The innermost two lines of mp.cu, without those of Matrix, load() and store()
 FIND = $(MAKE) -s $(X)/tests-asan >$(X)/asan 2>&1; \
-  (cd $(X); MP_THREADS=1 $(TIMED) ./tests-asan -ts=$* --reporters=student --out=/dev/null) 2>$(X)/asan >/dev/null; \
+  { (cd $(X); $(LIMITED); MP_THREADS=1 exec ./tests-asan $(ONLY) --out=/dev/null >/dev/null 2>asan); } 2>/dev/null; \
   sed -nE '/ERROR: Addr/,/^$$/s/^ *\#.* in (void )?([A-Za-z0-9_]+).*(mp.cu:[0-9]+).*/  \3, in \2/p' $(X)/asan | \
     grep -v ' Matrix$$\| load$$\| store$$' | head -2 | grep . || echo "  not found"
 # All exercises begun in this checkout, or a row for each of several checkouts
@@ -240,32 +225,24 @@ check-all:
 ifdef FOLDERS
 	@echo "Exercises $(firstword $(REGIONS)) to $(lastword $(REGIONS)): + done, x fails, . not started"
 	@for folder in $(FOLDERS); do \
-	  $(MAKE) -s -C $$folder check-all FOLDERS= | awk -v folder=$$folder ' \
-	    { marks = marks ($$2 == "done" ? "+" : $$2 == "fails" ? "x" : "."); seconds += $$3 } \
+	  $(MAKE) -s -C $$folder check-all FOLDERS= | awk -v folder=$$folder '{ seconds += $$3 } \
+	    { marks = marks ($$2 == "done" ? "+" : $$2 == "fails" ? "x" : ".") } \
 	    END { printf "%-36s %s %2d of %d, %4d s\n", folder, marks, gsub(/[+]/, "+", marks), NR, seconds }'; \
 	done
 else
 	@for name in $(REGIONS); do \
-	  begin=$$(date +%s); state="not started" why=; \
-	  if $(call begun,$$name); then \
-	    why=$$($(MAKE) -s check-$$name 2>/dev/null) && state=done || state=fails; \
-	    state="$$state $$(($$(date +%s) - begin)) s"; fi; \
-	  printf '%-20s %-12s %s\n' $$name "$$state" "$$(echo "$$why" | sed -n "s/^$$name: //p")"; \
+	  begin=$$(date +%s); $(call begun,$$name) || { printf '%-20s not started\n' $$name; continue; }; \
+	  why=$$($(MAKE) -s check-$$name 2>/dev/null) && state=done || state=fails; \
+	  why=$$(echo "$$why" | sed -n "s/^$$name: \(done\)*//p"); \
+	  printf '%-20s %-6s %4d s   %.46s\n' $$name $$state $$(($$(date +%s) - begin)) "$$why"; \
 	done
 endif
-# The first call gives hint 1, the second hint 2, any further one both.
+# The first call gives hint 1, a further one hint 2 as well.
 hint-%:
-	@$(KNOWN)
-	@$(STARTED)
-	@case $$(cat $(X)/hinted 2>/dev/null) in \
-	  "") $(call hint,$*,1); echo 1 > $(X)/hinted;; \
-	  1) $(call hint,$*,2); echo 2 > $(X)/hinted;; \
-	  *) $(call hint,$*,1); $(call hint,$*,2); \
-	    echo "There is no third hint. The code: walkthrough.md, $(call heading,$*)";; \
-	esac
+	@$(KNOWN); $(STARTED); $(call hint,$*,1)
+	@test ! -e $(X)/hinted || { $(call hint,$*,2); echo "The code: $(PLACE)"; }; touch $(X)/hinted
 build/class/tests.o build/class/tests-asan.o: tests.cpp mp.h | packages
-	@mkdir -p build/class
-	@echo "compiling the tests, once for all exercises"
+	@mkdir -p build/class; echo "compiling the tests, once for all exercises"
 	$(CLASS) $(if $(findstring asan,$@),$(ASAN),-O1) -c tests.cpp -o $@
 # Of an exercise, or of a wrong variant, in a folder of its own
 build/%/tests: build/%/mp.cu mp.h build/class/tests.o
