@@ -6,8 +6,7 @@
 # make plots       draws data/scale.svg, rate.svg and histogram.svg again
 # make mnist       downloads MNIST into build/mnist;  make digits draws data/ again
 # make fuzz        feeds RUNS=100000 damaged inputs to each reader of files, with clang++;  make fuzz READERS=gz: to one
-# make cuda-check  compiles for every GPU that this nvcc knows, and needs no GPU itself
-# make gpu         tests and measures on a GPU
+# make cuda-check  compiles for every GPU that this nvcc knows, and needs none;  make gpu tests and measures on one
 # make walkthrough copies the regions of mp.cu into walkthrough.md;  make format;  make clean
 # BACKEND=cpu or BACKEND=cuda forces one;  CXX=clang++ chooses another compiler
 BACKEND ?= $(if $(and $(shell command -v nvcc),$(shell nvidia-smi -L 2>/dev/null)),cuda,cpu)
@@ -104,7 +103,7 @@ build/mnist/%.gz:
 	@mkdir -p build/mnist
 	@echo "downloading $(MNIST)/$*.gz"
 	@curl -fsSL $(MNIST)/$*.gz -o build/mnist/part || { \
-	  echo "could not download it: is the network up, is curl installed? Or put into build/mnist:"; \
+	  echo "no download: is the network up, is curl there? Or put into build/mnist:"; \
 	  printf '  %s-ubyte.gz\n' $(MNIST_FILES); exit 1; }
 	@mv build/mnist/part $@
 mnist: $(MNIST_FILES:%=build/mnist/%-ubyte.gz)
@@ -181,8 +180,8 @@ exercise-%:
 	  $$1 == "//{" && $$2 == name { inside = 1; sub(/\/\/.*/, "// your code"); print }' mp.cu > $(X)/mp.cu
 	@awk '/^```$$/ { inside = 0 } !inside; /^<!-- region $* -->/ { here = 1 } \
 	  /^```cpp/ && here { here = 0; inside = 1; print "// your code" }' walkthrough.md > $(X)/walkthrough.md
-	@echo "$*: $(call title,$*)"; echo "$(PLACE)"; echo; $(call task,$*); echo
-	@echo "Write it in $(X)/mp.cu, line $$(sed -n '/\/\/ your code/=' $(X)/mp.cu)."; echo "Then make check-$*"
+	@echo "$*: $(call title,$*)"; echo "$(PLACE)"; echo; $(call task,$*); echo; \
+	echo "Write it in $(X)/mp.cu, line $$(sed -n '/\/\/ your code/=' $(X)/mp.cu)."; echo "Then make check-$*"
 # First the verdict, then what the tests report, then what the program itself prints: 20 lines of it. Shared memory
 # starts as NaN (MP_ORDER). After a crash the same tests run under AddressSanitizer, which knows the line.
 check-%:
@@ -212,7 +211,6 @@ check-%:
 	@next=$$(printf '%s\n' $(REGIONS) | sed -n '/^$*$$/{n;p;}'); test -z "$$next" || echo "Next: make exercise-$$next"
 PLACE = walkthrough.md, $(call heading,$*)
 ONLY = --test-suite=$* --reporters=student
-# Seconds of computing; imitated tensor cores take long
 LIMIT = $(if $(findstring mma,$*),90,30)
 LIMITED = ulimit -c 0; ulimit -S -t $(LIMIT); export MP_ORDER=forward
 # The innermost two lines of mp.cu, without those of Matrix, load() and store()
@@ -244,7 +242,6 @@ hint-%:
 build/class/tests.o build/class/tests-asan.o: tests.cpp mp.h | packages
 	@mkdir -p build/class; echo "compiling the tests, once for all exercises"
 	$(CLASS) $(if $(findstring asan,$@),$(ASAN),-O1) -c tests.cpp -o $@
-# Of an exercise, or of a wrong variant, in a folder of its own
 build/%/tests: build/%/mp.cu mp.h build/class/tests.o
 	$(CLASS) -g -I. $< -x none build/class/tests.o -o $@
 build/%/tests-asan: build/%/mp.cu mp.h build/class/tests-asan.o
