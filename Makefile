@@ -194,8 +194,8 @@ check-%:
 	@case $$(cat $(X)/status) in \
 	  0) why=done;; \
 	  1) why="not yet right";; \
-	  152) why="stopped after $(LIMIT) seconds of computing: an endless loop, or much printed?";; \
-	  *) why="crashed: a row, column or count beyond an array?";; \
+	  152) why="stopped after $(LIMIT) s of computing: endless loop? much printed?";; \
+	  *) why="crashed: row, column or count beyond an array?";; \
 	esac; \
 	ended=$$(sed -n 's/^  | block (.*: \([^(]*\).*/\1/p' $(X)/printed); test -z "$$ended" || why="stopped: $$ended"; \
 	echo "$*: $$why"; echo "$(X)/mp.cu:$$(sed -n '/\/\/{ $*/=' $(X)/mp.cu)"; echo "$(PLACE)"; \
@@ -215,9 +215,9 @@ LIMIT = $(if $(findstring mma,$*),90,30)
 LIMITED = ulimit -c 0; ulimit -S -t $(LIMIT); export MP_ORDER=forward
 # The innermost two lines of mp.cu, without those of Matrix, load() and store()
 FIND = $(MAKE) -s $(X)/tests-asan >$(X)/asan 2>&1; \
-  { (cd $(X); $(LIMITED); MP_THREADS=1 exec ./tests-asan $(ONLY) --out=/dev/null >/dev/null 2>asan); } 2>/dev/null; \
+  { (cd $(X); $(LIMITED) MP_THREADS=1; exec ./tests-asan $(ONLY) --out=/dev/null >/dev/null 2>asan); } 2>/dev/null; \
   sed -nE '/ERROR: Addr/,/^$$/s/^ *\#.* in (void )?([A-Za-z0-9_]+).*(mp.cu:[0-9]+).*/  \3, in \2/p' $(X)/asan | \
-    grep -v ' Matrix$$\| load$$\| store$$' | head -2 | grep . || echo "  not found"
+    grep -Ev ' (Matrix|load|store)$$' | head -2 | grep . || echo "  not found"
 # All exercises begun in this checkout, or a row for each of several checkouts
 check-all:
 ifdef FOLDERS

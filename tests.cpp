@@ -749,7 +749,7 @@ static void check_step(const std::string& what, Mlp& net, const Digits& digits, 
 }
 
 TEST_SUITE("train_step") {
-  TEST_CASE("every equation of 16 steps, for layers of all types and scales that change") {
+  TEST_CASE("every equation of 16 steps, with layers of all types, as the scale moves") {
     const Digits digits(20, 4, 5, 80, 27);
     std::vector<Map> all = maps;
     all.insert(all.end(), {{fp16, fp32}, {fp32, fp16}});
@@ -920,7 +920,7 @@ static void check_row_below(const Tensor& t) {  // four rows are in use; the fif
   CHECK_MESSAGE(nothing_below_the_last_row, "it writes below the last row: is a bound missing, or <= for <?");
 }
 TEST_SUITE("E2") {
-  TEST_CASE("a = f(a W^T + b), f = ReLU on hidden layers, rounded to its reader's type") {
+  TEST_CASE("a = f(a W^T + b), ReLU on hidden layers, rounded to its reader's type") {
     for (const Map& map : maps)
       for (bool relu : {true, false})
         for (int l = 1; l <= 3; l++) {
