@@ -192,7 +192,7 @@ check-%:
 	@cd $(X); $(LIMITED); { (exec ./tests $(ONLY) --out=report 2>&1); echo $$? >status; } 2>/dev/null | fold -w 76 | \
 	  awk 'NR <= 20 { print "  | " $$0 } END { if (NR > 20) print "  | and " NR - 20 " more lines" }' >printed
 	@case $$(cat $(X)/status) in \
-	  0) why=done;; \
+	  0) why=done; ! grep -q '^  HERE' $(X)/report || why="not yet right: it ended in the middle of a test";; \
 	  1) why="not yet right";; \
 	  152) why="stopped after $(LIMIT) s of computing: endless loop? much printed?";; \
 	  *) why="crashed: row, column or count beyond an array?";; \
