@@ -152,7 +152,7 @@ code = awk -v name=$(1) '$$1 == "//}" { inside = 0 } inside; $$1 == "//{" && $$2
 heading = $$(sed "/^[*][*]Exercise $(1):/q" walkthrough.md | sed -n 's/^\#\#* //p' | tail -1)
 title = $$(sed -n "s/^[*][*]Exercise $(1): \(.*\)[.][*][*].*/\1/p" walkthrough.md)
 text = sed -n "/^[*][*]Exercise $(1):/,/^When it passes/p" walkthrough.md
-task = $(text) | sed '/^When it passes/d; s/^[*][*]Exercise [^*]*[*][*] *//'
+task = $(text) | sed '/^When it passes/d; /^$$/d; s/[*][*]//g'
 reason = $$($(text) | sed -n 's/^When it passes: //p')
 hint = echo "hint $(2) of 2:"; sed -n "/summary>$(1), two hints</,/details>/p" walkthrough.md | \
   awk '/^[12][.] / { on = $$1 == "$(2)." } /^$$|^</ { on = 0 } on { print substr($$0, 4) }'
@@ -180,7 +180,7 @@ exercise-%:
 	  $$1 == "//{" && $$2 == name { inside = 1; sub(/\/\/.*/, "// your code"); print }' mp.cu > $(X)/mp.cu
 	@awk '/^```$$/ { inside = 0 } !inside; /^<!-- region $* -->/ { here = 1 } \
 	  /^```cpp/ && here { here = 0; inside = 1; print "// your code" }' walkthrough.md > $(X)/walkthrough.md
-	@echo "$*: $(call title,$*)"; echo "$(PLACE)"; echo; $(call task,$*); echo; \
+	@echo "$(PLACE)"; $(call task,$*); \
 	echo "Write it in $(X)/mp.cu, line $$(sed -n '/\/\/ your code/=' $(X)/mp.cu)."; echo "Then make check-$*"
 # First the verdict, then what the tests report, then what the program itself prints: 20 lines of it. Shared memory
 # starts as NaN (MP_ORDER). After a crash the same tests run under AddressSanitizer, which knows the line.
