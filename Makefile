@@ -2,7 +2,7 @@
 # make run         learns the digits in data/;  make run ARGS="--precision fp32" passes options on
 # make test        runs all tests;  make test SANITIZE=1 runs them under AddressSanitizer and UBSan
 # make exercises   lists the exercises: pieces of mp.cu for you to write, each with a check and two hints
-# make plots       draws data/scale.svg, rate.svg and histogram.svg again
+# make plots       draws data/scale.svg and data/rate.svg again
 # make mnist       downloads MNIST into build/mnist;  make digits draws data/ again
 # make fuzz        feeds RUNS=100000 damaged inputs to each reader of files, with clang++;  make fuzz READERS=gz: to one
 # make cuda-check  compiles for every GPU that this nvcc knows, and needs no GPU itself
@@ -45,9 +45,8 @@ run: $(B)/mp
 test: $(B)/tests $(B)/mp
 	MP_PROGRAM=$(B)/mp $(B)/tests $(ARGS)
 plots: $(B)/mp
-	$(B)/mp compare --sweep scale --svg data/scale.svg $(ARGS)
-	$(B)/mp compare --sweep lr --svg data/rate.svg $(ARGS)
-	$(B)/mp histogram --svg data/histogram.svg $(ARGS)
+	$(B)/mp compare --sweep scale $(ARGS) | tee /dev/stderr | awk -f data/plot.awk > data/scale.svg
+	$(B)/mp compare --sweep lr $(ARGS) | tee /dev/stderr | awk -f data/plot.awk > data/rate.svg
 
 # build/flags changes only when the compiler, the back end or the flags do; then everything is built again.
 $(B)/flags: FORCE

@@ -176,13 +176,6 @@ __global__ void one_hot_kernel(Batch batch, const StepState* state, Matrix y) {
   const int label = batch.labels[sample_of(batch, state, row)];
   for (int i = 0; i < y.cols; i++) y.set(row, i, i == label);
 }
-__global__ void points_kernel(Batch batch, const StepState* state, Matrix a0, Matrix y) {  // no images: section 4.3
-  const int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row >= batch.rows) return;
-  const size_t sample = sample_of(batch, state, row);
-  for (int i = 0; i < a0.cols; i++) a0.set(row, i, batch.x[sample * a0.cols + i]);
-  for (int i = 0; i < y.cols; i++) y.set(row, i, batch.y[sample * y.cols + i]);
-}
 // Kernels with little to do take 8 numbers at a time: in 16 bits 16 bytes of memory, one access. n is a multiple of 8.
 // A block has elements_per_block of the n: on a GPU 8 for each of 256 threads, on a CPU all for one thread.
 struct Share {
@@ -213,12 +206,8 @@ void preprocess(Mlp& net, const Batch& batch, const LossScaler* scaler) {
   const Matrix a0 = matrix(net.layer[0].a), y = matrix(net.y);
   const StepState* const state = scaler ? scaler->state.get() : nullptr;
   net.rows = batch.rows;
-  if (batch.x) {
-    launch(points_kernel, blocks_of_rows(batch.rows), row_threads, batch, state, a0, y);
-  } else {
-    launch_elements(pixels_kernel, batch.rows * a0.stride, batch, state, a0);
-    if (batch.labels) launch(one_hot_kernel, blocks_of_rows(batch.rows), row_threads, batch, state, y);
-  }
+  if (batch.pixels) launch_elements(pixels_kernel, batch.rows * a0.stride, batch, state, a0);
+  if (batch.labels) launch(one_hot_kernel, blocks_of_rows(batch.rows), row_threads, batch, state, y);
 }
 
 // ==== 3.2 step 1: the parameters begin in fp32 ====
@@ -629,8 +618,9 @@ static Product product(Layout layout, const Tensor& A, const Tensor& B, const Te
   const bool bias_fits = !e.bias || (p.bias.cols == p.N && p.bias.type == A.type);
   const bool mask_fits = !e.mask || (p.mask.rows >= p.M && p.mask.cols == p.N && p.mask.type == A.type);
   if (!a_fits || !b_fits || !bias_fits || !mask_fits || p.K < 1 || A.type != B.type)
-    fail("a matrix product of [%d, %d] and [%d, %d] into [%d, %d]: sizes or types of operands, bias or mask do not fit",
-         A.rows, A.cols, B.rows, B.cols, C.rows, C.cols);
+    fail(format(
+        "a matrix product of [%d, %d] and [%d, %d] into [%d, %d]: sizes or types of operands, bias or mask differ",
+        A.rows, A.cols, B.rows, B.cols, C.rows, C.cols));
   return p;
 }
 void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
@@ -678,7 +668,7 @@ void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, cons
   if (rung == "naive") gemm_naive(layout, A, B, C, e);
   else if (rung == "mma" && tensor_cores(A.type)) gemm_mma(layout, A, B, C, e);
   else if (rung == "mma" || rung == "tiled") gemm_tiled(layout, A, B, C, e);
-  else fail("MP_GEMM=%s: must be naive, tiled or mma", wanted);
+  else fail("MP_GEMM=" + rung + ": must be naive, tiled or mma");
 }
 
 // ==== 3.1 Loss scaling ====
@@ -844,21 +834,9 @@ using std::shared_ptr;
 using std::string;
 using std::to_string;
 using std::vector;
-static string printable(string text) {  // names may hold line ends, and what moves a terminal's cursor
-  for (char& c : text)
-    if (iscntrl(uint8_t(c))) c = '?';
-  return text;
-}
-void fail(const char* words, ...) {
-  char text[1000];
-  va_list arguments;
-  va_start(arguments, words);
-  vsnprintf(text, sizeof text, words, arguments);
-  va_end(arguments);
-  throw Error(printable(text));
-}
-[[noreturn]] static void fail_in(const string& file, const string& what) { fail("%s: %s", file.c_str(), what.c_str()); }
-__attribute__((format(printf, 1, 2))) static string format(const char* words, ...) {
+void fail(const string& text) { throw Error(text); }
+[[noreturn]] static void fail_in(const string& file, const string& what) { fail(file + ": " + what); }
+string format(const char* words, ...) {
   char text[1000];
   va_list arguments;
   va_start(arguments, words);
@@ -869,7 +847,7 @@ __attribute__((format(printf, 1, 2))) static string format(const char* words, ..
 
 void check(cudaError_t error, const char* call, const char* file, int line) {
   if (error != cudaSuccess)
-    fail("the device failed: %s (%s:%d: %s); --resume goes on", cudaGetErrorString(error), file, line, call);
+    fail(format("the device failed: %s (%s:%d: %s); --resume goes on", cudaGetErrorString(error), file, line, call));
 }
 template <class T> static shared_ptr<T> device_array(size_t count) {  // of zeros
   size_t bytes = max(count * sizeof(T), size_t(1));
@@ -877,7 +855,7 @@ template <class T> static shared_ptr<T> device_array(size_t count) {  // of zero
   const cudaError_t error = cudaMalloc(&memory, bytes);
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // takes the error away; the next launch would report it again
-    fail("out of memory: no room for another %.1f MiB; make --batch or --layers smaller", double(bytes) / (1 << 20));
+    fail(format("out of memory: no room for %.1f MiB more; make --batch or --layers smaller", bytes / 1048576.));
   }
   CUDA_CHECK(error);
   CUDA_CHECK(cudaMemset(memory, 0, bytes));
@@ -901,7 +879,7 @@ static float* workspace_of(size_t count) {
 static int padded(int cols) { return (cols + 7) / 8 * 8; }
 Tensor make_tensor(int rows, int cols, Type type) {
   if (rows < 1 || cols < 1 || (int64_t(cols) + 7) * rows > 1 << 30)  // kernels index with ints
-    fail("[%d, %d] is no size for a tensor: both at least 1, and at most 2^30 numbers in all", rows, cols);
+    fail(format("[%d, %d] is no size for a tensor: both at least 1, and at most 2^30 numbers in all", rows, cols));
   Tensor t{rows, cols, padded(cols), type, nullptr};
   t.memory = device_array<char>(t.bytes());
   return t;
@@ -928,7 +906,7 @@ vector<float> to_host(const Tensor& t) {
 }
 void to_device(const vector<float>& values, const Tensor& t) {
   if (values.size() != size_t(t.rows) * t.cols)
-    fail("%zu numbers do not fill a tensor of [%d, %d]", values.size(), t.rows, t.cols);
+    fail(format("%zu numbers do not fill a tensor of [%d, %d]", values.size(), t.rows, t.cols));
   vector<char> raw(t.bytes());
   for (size_t n = 0; n < values.size(); n++) {
     size_t i = n / t.cols * t.stride + n % t.cols;
@@ -973,7 +951,7 @@ Mlp make_mlp(const vector<int>& sizes, int batch, Type type, Update update) {
     net.layer[l].a.cols = sizes[l];
     int64_t in = sizes[max(l - 1, 0)];  // kernels index with ints, and a CUDA grid is 65535 high
     if (l > 0 && ((in + 8) * sizes[l] > 1 << 30 || max(sizes[l], batch) > 1000000))
-      fail("%d x %d weights, batch %d: too many; make --layers or --batch smaller", sizes[l], int(in), batch);
+      fail(format("%d x %d weights, batch %d: too many; make --layers or --batch smaller", sizes[l], int(in), batch));
   }
   set_types(net, vector<Type>(net.L, type));
   net.y = make_tensor(batch, sizes.back(), Type::fp32);
@@ -1118,29 +1096,25 @@ static void set_types(Mlp& net) {
 // SGD 0.01, 100 epochs, a GradScaler. The data that it leaves undefined are points of y = x^2 on [-1, 1]. Without an
 // activation, as the article writes it, the network is one linear map, and the best line through this parabola is flat.
 static vector<float> learn_parabola(bool relu) {  // the loss of each epoch
-  int n = 256, rows = 4, epochs = 100;
-  vector<float> x, y, losses;
-  vector<int> order;
-  for (int i = 0; i < n; i++) {
-    x.push_back(-1 + 2 * (i + 0.5f) / n);
-    y.push_back(x[i] * x[i]);
-  }
-  for (int i = 0; i < n * epochs; i++) order.push_back(i * 101 % n);  // each epoch has every point once, well mixed
+  int points = 256, rows = 4, epochs = 100;
   Mlp net = make_mlp({1, 5, 1}, rows, Type::fp16, Update::master);
   net.relu = relu;
   net.loss = Loss::squared_error;
   initialise(net);
   LossScaler scaler;
-  auto x_device = on_device(x), y_device = on_device(y);
-  auto order_device = on_device(order);
-  const Batch batch{nullptr, nullptr, x_device.get(), y_device.get(), order_device.get(), rows};
-  for (int epoch = 0; epoch < epochs; epoch++) {
-    double sum = 0;
-    for (int step = 0; step < n / rows; step++) {
-      train_step(net, batch, scaler, 0.01f);
-      sum += scaler.read().loss;
+  Batch batch;
+  batch.rows = rows;
+  vector<float> x(rows), y(rows), losses(epochs);
+  for (int step = 0; step < epochs * points / rows; step++) {
+    for (int i = 0; i < rows; i++) {
+      int point = (step * rows + i) * 101 % points;  // each epoch has every point once, well mixed
+      x[i] = -1 + 2 * (point + 0.5f) / points;
+      y[i] = x[i] * x[i];
     }
-    losses.push_back(float(sum / (n / rows)));
+    to_device(x, net.layer[0].a);
+    to_device(y, net.y);
+    train_step(net, batch, scaler, 0.01f);
+    losses[step * rows / points] += scaler.read().loss / (points / rows);
   }
   return losses;
 }
@@ -1171,8 +1145,6 @@ Bytes read_file(const string& path) {
 // Where a link leads. Fails if no file can be saved there: before training, rather than after an hour of it.
 static string check_writable(const string& path) {
   fs::path target = fs::weakly_canonical(fs::absolute(path));
-  while (fs::is_symlink(fs::symlink_status(target)))  // to a file that is not there yet
-    target = fs::weakly_canonical(target.parent_path() / fs::read_symlink(target));
   bool old = fs::exists(target);
   if (old && !fs::is_regular_file(target)) fail_in(path, "a folder, a device or a pipe; name a file to save to");
   if (access(target.parent_path().c_str(), W_OK | X_OK) != 0 || (old && access(target.c_str(), W_OK) != 0))
@@ -1287,21 +1259,18 @@ static Bytes read_idx(const string& path, vector<uint32_t>& size) {
 }
 // The first file of the folder, in alphabetical order, whose name begins so; "" if there is none
 static string find_file(const string& folder, const string& beginning) {
-  string first;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    string path = entry.path().string();
-    bool fits = entry.is_regular_file() && entry.path().filename().string().rfind(beginning, 0) == 0;
-    if (fits && (first.empty() || path < first)) first = path;
-  }
-  return first;
+  std::set<string> found;
+  std::error_code no_folder;
+  for (const auto& entry : fs::directory_iterator(folder, no_folder))
+    if (entry.path().filename().string().rfind(beginning, 0) == 0) found.insert(entry.path().string());
+  return found.empty() ? "" : *found.begin();
 }
-static const char sought[] =
-    "mp reads train.png and test.png, or files that begin with train-images, train-labels, t10k-images, t10k-labels; "
-    "`make digits` draws the former into data/, `make mnist` downloads the latter into build/mnist";
 static Images read_mnist(const string& folder, const string& set) {
   string images_path = find_file(folder, set + "-images"), labels_path = find_file(folder, set + "-labels");
   if (images_path.empty() || labels_path.empty())
-    fail_in(folder, format("%s-images or %s-labels is missing: %s", set.c_str(), set.c_str(), sought));
+    fail_in(folder,
+            "holds neither train.png and test.png (`make digits` draws them into data/) nor files that begin with "
+            "train-images, train-labels, t10k-images and t10k-labels (`make mnist` downloads them into build/mnist)");
   vector<uint32_t> size(3), labels(1);
   Images images;
   images.pixel = read_idx(images_path, size);
@@ -1315,11 +1284,9 @@ static Images read_mnist(const string& folder, const string& set) {
   return images;
 }
 Dataset load_dataset(const string& folder) {
-  if (!fs::is_directory(folder)) fail_in(folder, format("there is no such folder; %s", sought));
   string train = folder + "/train.png", test = folder + "/test.png";
   Dataset data;
-  if (fs::exists(train) != fs::exists(test)) fail_in(folder, string("train.png or test.png is missing: ") + sought);
-  if (fs::exists(train)) {
+  if (fs::exists(train) || fs::exists(test)) {
     data = {read_sheet(train), read_sheet(test), "sheets " + train + ", " + test};
     if (!find_file(folder, "train-images").empty()) data.what += " (MNIST's files are there too; the sheets win)";
   } else {
@@ -1333,16 +1300,15 @@ Dataset load_dataset(const string& folder) {
 // ==== 5.2 Checkpoints: safetensors, which PyTorch's users exchange ====
 // Eight bytes, the length of the header; the header, JSON; the numbers. Little-endian, as all of CUDA's machines are.
 // {"__metadata__": {"by": "mp"}, "0.weight": {"dtype": "F32", "shape": [128, 784], "data_offsets": [0, 401408]}}
-struct Header {  // reads that JSON: objects of objects, strings, lists of whole numbers
+struct Header {  // reads that JSON: objects of objects, strings, lists of whole numbers; takes , and : for white space
   const string& path;
   const char *at, *end;
-  std::set<std::pair<uint64_t, uint64_t>> ranges = {};  // of the tensors' bytes
-  uint64_t used = 0;                                    // the sum of these
+  uint64_t used = 0;  // bytes of all tensors so far
   [[noreturn]] void damaged(const string& how) {
     fail_in(path, format("damaged: %s, %td bytes before its header's end; save it again", how.c_str(), end - at));
   }
   char next() {  // 0 at the end
-    while (at < end && isspace(uint8_t(*at))) at++;
+    while (at < end && strchr(" \t\r\n,:", *at) && *at) at++;
     return at < end ? *at : '\0';
   }
   void expect(char c) {
@@ -1361,8 +1327,6 @@ struct Header {  // reads that JSON: objects of objects, strings, lists of whole
     vector<uint64_t> values;
     expect('[');
     while (next() != ']') {
-      if (!values.empty()) expect(',');
-      next();
       const auto [stop, error] = std::from_chars(at, end, values.emplace_back());
       if (error != std::errc()) damaged("no whole number");
       at = stop;
@@ -1372,14 +1336,11 @@ struct Header {  // reads that JSON: objects of objects, strings, lists of whole
   }
   // for (string key; header.member(key);) goes through an object, whose values are to be read in the loop
   bool member(string& key) {
-    if (next() == '{' || next() == ',') at++;
-    if (next() == '}') {
-      at++;
-      return false;
-    }
-    key = text();
-    expect(':');
-    return true;
+    if (next() == '{') at++;
+    bool more = next() == '"';
+    if (more) key = text();
+    else expect('}');
+    return more;
   }
 };
 // Its value stays empty where it is passed over: scalars, empty tensors and whole numbers are other programs' counters.
@@ -1394,7 +1355,6 @@ static SavedTensor read_tensor(Header& header, const string& name, const uint8_t
     else header.damaged("unknown " + key);
   }
   if (offsets.size() != 2 || offsets[0] > offsets[1] || offsets[1] > size) header.damaged("data_offsets of " + name);
-  header.ranges.emplace(offsets[0], offsets[1]);
   header.used += offsets[1] - offsets[0];
   if (header.used > size) header.damaged("overlapping tensors");  // many could ask for more memory than there is
   SavedTensor tensor{name, {shape.begin(), shape.end()}, {}};
@@ -1426,12 +1386,7 @@ SafeTensors read_safetensors(const string& path) {
     SavedTensor tensor = read_tensor(header, name, numbers, size);
     if (!tensor.value.empty()) result.tensors.push_back(tensor);
   }
-  uint64_t tiled = 0;
-  for (auto [begin, end] : header.ranges) {
-    if (begin != tiled) fail_in(path, "damaged: its tensors overlap, or leave a gap");
-    tiled = end;
-  }
-  if (tiled != size || header.next() != 0) fail_in(path, "damaged: there is more in it than its tensors");
+  if (header.used != size || header.next() != 0) header.damaged("there is more in it than its tensors");
   return result;
 }
 template <class T> static string joined(const vector<T>& items) {  // 784,128,10
@@ -1461,7 +1416,13 @@ namespace {
 struct UsageError : Error {  // main() ends with 2
   using Error::Error;
 };
-[[noreturn]] void misuse(const string& text) { throw UsageError(printable(text)); }
+[[noreturn]] void misuse(const string& text) { throw UsageError(text); }
+int complain(string text) {  // in one line; returns the program's exit status
+  for (char& c : text)
+    if (iscntrl(uint8_t(c))) c = '?';  // names may hold line ends, and what moves a terminal's cursor
+  fprintf(stderr, "mp: %s\n", text.c_str());
+  return 1;
+}
 struct Options {
   std::map<string, string> text;  // of every option: the table's, a checkpoint's or the command line's
   vector<string> given, files;    // options of the command line; its words that are none
@@ -1503,7 +1464,6 @@ const Option option_table[] = {
     {"resume", "FILE", "", "go on from a checkpoint; other options override what it says", "train"},
     {"log", "FILE.csv", "", "a row a step: step,epoch,loss,loss_scale,found_inf", "train"},
     {"sweep", "scale|lr", "", "accuracy over the loss scale, or over the learning rate", "compare"},
-    {"svg", "FILE.svg", "", "the picture of histogram or of compare --sweep", "compare histogram"},
 };
 const Option& option_named(const string& name) {
   for (const Option& option : option_table)
@@ -1727,9 +1687,17 @@ Training open_network(const Options& options, const string& path) {
   t.net.seed = o.seed;
   if (path.empty()) initialise(t.net);
   bool ours = o["init"].empty() && file.metadata.count("mp.state") > 0;  // --init takes the weights alone
-  if (ours) read_state(file.metadata["mp.state"], path, t);
-  else if (!o["resume"].empty())
+  Options before = o;
+  if (ours) {
+    read_state(file.metadata["mp.state"], path, t);
+    before = parse("train", {}, file.metadata["mp.options"]);
+  } else if (!o["resume"].empty()) {
     fail_in(path, "holds weights but no training state (saved by another program or an older mp): use --init");
+  }
+  if (!ours || o.dynamic != before.dynamic || o.scale != before.scale) {
+    t.state.scale = o.scale;  // it begins anew
+    t.state.growth_tracker = 0;
+  }
   if (o.automatic) set_types(t.net);
   for (size_t i = 0; i < layers.size(); i++) {
     Layer& layer = t.net.layer[i + 1];
@@ -1769,8 +1737,8 @@ void check_fit(const Options& o, const Images& images) {
   fitting.front() = images.pixels;
   fitting.back() = images.classes;
   if (fitting != o.layers)
-    fail("layers %s do not fit the data in %s: %d pixels an image, %d classes; use --layers %s", o["layers"].c_str(),
-         o["data"].c_str(), images.pixels, images.classes, joined(fitting).c_str());
+    fail_in(o["data"], format("its images of %d pixels and %d classes do not fit layers %s; use --layers %s",
+                              images.pixels, images.classes, o["layers"].c_str(), joined(fitting).c_str()));
 }
 Training begin_training(const Options& options, const Dataset& data) {
   Training t = open_network(options, options["init"] + options["resume"]);  // one of them at most
@@ -1778,19 +1746,16 @@ Training begin_training(const Options& options, const Dataset& data) {
   t.data = data;
   check_fit(o, data.train);
   if (o.batch > data.train.count)
-    fail("--batch %d: %s holds only %d images to train on", o.batch, o["data"].c_str(), data.train.count);
+    fail_in(o["data"], format("only %d images to train on, --batch %d", data.train.count, o.batch));
   t.steps = data.train.count / o.batch;
-  if (o["resume"].empty() || !o.dynamic || o.has("loss-scale") || o.has("scale-init") || o.has("precision")) {
-    t.state.scale = o.scale;  // it begins anew
-    t.state.growth_tracker = 0;
-  }
+
   if (t.state.growth_tracker >= o.growth_interval) t.state.growth_tracker = 0;
   t.scaler = o.dynamic ? LossScaler(65536, 2, 0.5f, o.growth_interval) : LossScaler(1, 1, 1, 1);
   t.scaler.history = device_array<StepRecord>(t.steps);
   t.pixels = on_device(data.train.pixel);
   t.labels = on_device(data.train.label);
   t.order = device_array<int>(data.train.count);
-  t.batch = {t.pixels.get(), t.labels.get(), nullptr, nullptr, t.order.get(), o.batch};
+  t.batch = {t.pixels.get(), t.labels.get(), t.order.get(), o.batch};
   return t;
 }
 // Which image comes when: it depends on seed and epoch alone, so that a resumed run sees the same.
@@ -1866,10 +1831,7 @@ vector<StepRecord> train_epoch(Training& t, bool quiet = false) {
   if (live_terminal()) printf("\r\033[K");
   t.epoch++;
   t.mean_loss = 0;
-  for (StepRecord& r : records) {
-    r.loss = std::fabs(r.loss);  // takes the minus sign that x86 gives a NaN
-    t.mean_loss += r.loss / double(records.size());
-  }
+  for (const StepRecord& r : records) t.mean_loss += r.loss / double(records.size());
   if (quiet || !t.state.halted) t.test_accuracy = accuracy(t.net, t.data.test);  // else its tensors are looked at
   return records;
 }
@@ -1895,31 +1857,26 @@ string first_not_finite(const Mlp& net) {
   return found;
 }
 
-// How many bytes of an old log are kept: the rows of the steps before `step`
+const char log_header[] = "step,epoch,loss,loss_scale,found_inf";
+// How many bytes of an old log are kept: the header and the rows of the steps before `step`
 long kept_bytes(const string& path, unsigned step) {
   std::ifstream log(path);
-  if (!log) fail_in(path, "cannot be read, as going on with it needs");
   long bytes = 0;
-  for (string row; std::getline(log, row) && !log.eof(); bytes += long(row.size()) + 1)  // its end may be missing
-    if (isdigit(uint8_t(row[0])) && std::strtoul(row.c_str(), nullptr, 10) >= step) break;
+  string row;
+  while (std::getline(log, row) && !log.eof()) {  // the last row may be cut short
+    if (bytes == 0 && row != log_header) fail_in(path, "is there, and no log: name another file for --log");
+    if (bytes > 0 && std::strtoul(row.c_str(), nullptr, 10) >= step) break;
+    bytes += long(row.size()) + 1;
+  }
   return bytes;
 }
 FILE* open_log(const Training& t) {
   const string& path = t.o["log"];
-  bool resumed = !t.o["resume"].empty();
-  struct stat out, file;
-  fstat(STDOUT_FILENO, &out);
-  FILE* log = stdout;  // where it is the same file: two descriptors would overwrite each other's rows
-  if (stat(path.c_str(), &file) != 0 || file.st_dev != out.st_dev || file.st_ino != out.st_ino) {
-    log = fopen(path.c_str(), "a");
-    if (!log) fail_in(path, format("%s; name another file for --log", strerror(errno)));
-    if (fs::is_regular_file(path)) {
-      long kept = resumed ? kept_bytes(path, t.state.step) : 0;
-      fs::resize_file(path, kept);
-      resumed = kept > 0;
-    }
-  }
-  if (!resumed) fprintf(log, "step,epoch,loss,loss_scale,found_inf\n");
+  FILE* log = path == "/dev/stdout" ? stdout : fopen(path.c_str(), "a");  // opened anew it would overwrite the table
+  if (!log) fail_in(path, format("%s; name another file for --log", strerror(errno)));
+  bool file = log != stdout && fs::is_regular_file(path);
+  if (file) fs::resize_file(path, kept_bytes(path, t.state.step));
+  if (file ? fs::file_size(path) == 0 : t.state.step == 0) fprintf(log, "%s\n", log_header);
   return log;
 }
 void write_log(FILE* log, const Training& t, const vector<StepRecord>& records) {
@@ -1952,10 +1909,8 @@ void train(const vector<string>& words) {
     vector<StepRecord> records = train_epoch(t);
     if (log) write_log(log, t, records);
     if (t.state.halted)
-      fail(
-          "step %u (epoch %d): %s, which no loss scale below %g can mend; use a smaller --lr, or --precision bf16 or "
-          "fp32",
-          t.state.step, t.epoch, first_not_finite(t.net).c_str(), t.state.scale);
+      fail(format("step %u (epoch %d): %s, which no loss scale below %g can mend; use a smaller --lr, or bf16 or fp32",
+                  t.state.step, t.epoch, first_not_finite(t.net).c_str(), t.state.scale));
     printf("%5d  %10.5g  %12.2f%%  %10g  %7d  %8.0f  %7.2f", t.epoch, t.mean_loss, t.test_accuracy, t.state.scale,
            t.state.skipped, t.steps * o.batch / t.seconds, t.seconds);
     printf(o.automatic ? "  %s\n" : "\n", map_of(t.net).c_str());
@@ -1964,54 +1919,7 @@ void train(const vector<string>& words) {
   printf("test accuracy %.2f%%\n", accuracy(t.net, t.data.test));
 }
 
-// ==== What each technique is for: compare, sweep and histogram ====
-struct Curve {
-  string name;
-  vector<double> y;  // per cent, at each place on x
-};
-struct Plot {
-  string title;
-  vector<string> places;  // labels on x
-  vector<Curve> curves;
-};
-string svg_text(double x, double y, const string& style, const string& words) {
-  return format("<text x='%.0f' y='%.0f' %s>%s</text>\n", x, y, style.c_str(), words.c_str());
-}
-void write_svg(const string& path, const vector<Plot>& plots, const string& caption) {
-  if (path.empty()) return;
-  const char* const colours[] = {"#1f6fb4", "#d9600f", "#2a8a3e", "#8d3fa8"};
-  double base = -60, width = 640, height = 200, whole = 290;  // pixels; base: y of the axis
-  string s = format(
-      "<svg xmlns='http://www.w3.org/2000/svg' width='700' viewBox='-40 0 700 %.0f' font-size='12' "
-      "font-family='sans-serif'><rect x='-40' width='100%%' height='100%%' fill='#fff'/>\n",
-      plots.size() * whole + 20);
-  for (const Plot& p : plots) {  // one below the other
-    base += whole;
-    s += svg_text(0, base - height - 12, "font-weight='bold'", p.title);
-    double high = 10;
-    for (const Curve& c : p.curves)
-      for (double y : c.y) high = max(high, 10 * std::ceil(y / 10));
-    for (int i = 0; i <= 5; i++) {
-      double y = base - i * height / 5;
-      s += format("<path stroke='#ccc' d='M0 %.0fh%.0f'/>", y, width);
-      s += svg_text(-6, y + 4, "text-anchor='end'", format("%.0f", i * high / 5));
-    }
-    int count = p.places.size();
-    double step = width / count, legend = 0;
-    for (int i = 0; i < count; i += max(1, count / 6))  // of 25 places every 4th
-      s += svg_text((i + 0.5) * step, base + 15, "text-anchor='middle'", p.places[i]);
-    for (size_t c = 0; c < p.curves.size(); c++) {
-      s += format("<polyline fill='none' stroke-width='2' stroke='%s' points='", colours[c]);
-      for (int i = 0; i < count; i++)
-        s += format("%.1f %.1f ", (i + 0.5) * step, base - p.curves[c].y[i] / high * height);
-      s += "'/>\n" + svg_text(legend, base + 35, format("font-weight='bold' fill='%s'", colours[c]), p.curves[c].name);
-      legend += 165;
-    }
-  }
-  write_file(path, s + svg_text(0, base + 60, "", caption) + "</svg>\n");
-  printf("\nwrote %s\n", path.c_str());
-}
-
+// ==== What each technique is for: compare and histogram ====
 // Trains without a word, to the last epoch or until no loss scale can help.
 Training learn(const Options& o, const Dataset& data) {
   Training t = begin_training(o, data);
@@ -2041,75 +1949,48 @@ const struct Setting {
                 {"bf16, master", "--precision bf16", "lr"},
                 {"bf16, no master", "--precision bf16 --update half", "lr"},
                 {"auto: fp16 or fp32 by layer", "--precision auto", "scale"}};
-// Accuracy over a fixed loss scale or over the learning rate: a row for each value, a column for each setting
-void sweep(const vector<string>& words, const Dataset& data) {
-  Options o = parse("compare", words, "--epochs 3");
-  string option = "--loss-scale";
-  int first = -24, last = 24;  // powers of 2
-  if (o["sweep"] == "lr") {
-    option = "--lr";
-    first = -14;
-    last = -2;
-  }
-  Plot p;
-  p.title = format("Test accuracy in per cent, %s, after epoch %d", dashed(o["layers"]).c_str(), o.epochs);
-  printf("%12s", option.c_str());
-  vector<string> columns;  // each setting's options
-  for (const Setting& s : settings)
-    if (strstr(s.sweeps, o["sweep"].c_str())) {
-      printf("  %27s", s.name);
-      p.curves.push_back({s.name, {}});
-      columns.push_back(format("--epochs 3 %s %s 0x1p", s.options, option.c_str()));
-    }
-  for (int exponent = first; exponent <= last; exponent += 2) {
-    p.places.push_back(format("2^%d", exponent));
-    printf("\n%12s", p.places.back().c_str());
-    for (size_t i = 0; i < columns.size(); i++) {
-      Training t = learn(parse("compare", words, columns[i] + to_string(exponent)), data);
-      p.curves[i].y.push_back(t.test_accuracy);
-      printf("  %6.2f%%, %5d steps skipped", t.test_accuracy, t.state.skipped);
-      fflush(stdout);
-    }
-  }
-  printf("\n");
-  write_svg(o["svg"], {p}, "over " + option);
+// What --sweep tries one after the other, all powers of 2; without it one value, no option
+vector<string> values_of(const string& sweep) {
+  vector<string> values;
+  for (int i = -24; i <= 24 && sweep == "scale"; i += 2) values.push_back(format("--loss-scale 0x1p%d", i));
+  for (int i = -14; i <= -2 && sweep == "lr"; i += 2) values.push_back(format("--lr 0x1p%d", i));
+  if (values.empty()) values.push_back("");
+  return values;
 }
+// A row for each setting; with --sweep for those that it takes, at each of its values
 void compare(const vector<string>& words, const Options& o) {
-  if (o["sweep"].empty() && !o["svg"].empty()) misuse("--svg needs --sweep scale or --sweep lr");
-  if (o["sweep"] == "lr" && o.has("lr")) misuse("--sweep lr tries rates of its own: leave out --lr");
+  const string& sweep = o["sweep"];
+  if (sweep == "lr" && o.has("lr")) misuse("--sweep lr tries rates of its own: leave out --lr");
   Dataset data = load_dataset(o["data"]);
   printf("%s · %s · %s\n\n", machine().c_str(), dashed(o["layers"]).c_str(), data.what.c_str());
-  if (!o["sweep"].empty()) return sweep(words, data);
   printf("%-29s accuracy  final loss  skipped   flushed    weights  activations  gradients  seconds\n", "");
-  for (const Setting& s : settings) {
-    double start = now_in_seconds();
-    Training t = learn(parse("compare", words, s.options), data);
-    double seconds = now_in_seconds() - start;
-    Footprint bytes = footprint(t.net);
-    printf("%-29s %7.2f%%  %10.4g  %7d  %7.2f%%  %9zu  %11zu  %9zu  %7.2f%s\n", s.name, t.test_accuracy, t.mean_loss,
-           t.state.skipped, flushed(t), bytes.weights + bytes.master + bytes.compensation, bytes.activations,
-           bytes.gradients, seconds, t.state.halted ? "  halted" : "");
+  for (const string& value : values_of(sweep)) {
+    if (!value.empty()) printf("%s\n", value.c_str());
+    for (const Setting& s : settings) {
+      if (!strstr(s.sweeps, sweep.c_str())) continue;  // every text contains ""
+      double start = now_in_seconds();
+      string epochs = sweep.empty() ? "" : "--epochs 3 ";
+      Training t = learn(parse("compare", words, epochs + s.options + " " + value), data);
+      double seconds = now_in_seconds() - start;
+      Footprint bytes = footprint(t.net);
+      printf("%-29s %7.2f%%  %10.4g  %7d  %7.2f%%  %9zu  %11zu  %9zu  %7.2f%s\n", s.name, t.test_accuracy, t.mean_loss,
+             t.state.skipped, flushed(t), bytes.weights + bytes.master + bytes.compensation, bytes.activations,
+             bytes.gradients, seconds, t.state.halted ? "  halted" : "");
+    }
   }
 }
 
-// Prints a tensor's exponents, as shares of its non-zero values, and adds a curve to the plot with this title.
-void add_exponents(vector<Plot>& plots, const string& title, const string& name, const Exponents& e) {
-  if (plots.empty() || plots.back().title != title) plots.push_back({title, {}, {}});
+// Prints a tensor's exponents, as shares of its non-zero values.
+void print_exponents(const string& name, const Exponents& e) {
   const char* const heights[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
   double one_percent = max<int64_t>(e.nonzero(), 1) / 100.;
-  Curve c = {name, {}};
-  vector<string> places;
   for (int x = -40; x < 20; x++) {
     double share = e.between(x > -40 ? x : Exponents::lowest, x + 1) / one_percent;
     if (x == 16) share = e.overflow / one_percent;
     if (x == -25 || x == -14 || x == 16) printf("│");
     printf("%s", heights[min(int(std::ceil(share / 2.5)), 8)]);
-    places.push_back(to_string(x));
-    c.y.push_back(share);
   }
-  plots.back().places = places;
-  plots.back().curves.push_back(c);
-  printf("\n%s, %s: %.1f%% to zero, %.1f%% subnormal, %.1f%% overflow\n", title.c_str(), name.c_str(),
+  printf("\n%s: %.1f%% to zero, %.1f%% subnormal, %.1f%% overflow\n", name.c_str(),
          e.between(Exponents::lowest, -25) / one_percent, e.between(-25, -14) / one_percent, e.overflow / one_percent);
 }
 // Exponents of a, delta and dW in fp32, without the loss scale and with it, against fp16's ranges
@@ -2118,20 +1999,16 @@ void histogram(const vector<string>& words) {
   Training t = learn(o, load_dataset(o["data"]));
   shuffle(t);
   vector<Probe> plain = probe(t.net, t.batch, 1), scaled = probe(t.net, t.batch, t.state.scale);
-  string without = "without loss scale", with = format("times %g", t.state.scale);
   printf("%s\n\nExponents in fp32; height: share of the non-zero values. In fp16 they are\n%-15s│%-11s│%-30s│inf\n",
          describe(t.o).c_str(), "2^-40: 0", "subnormal", "normal, 2^-14 to 65504");
-  vector<Plot> plots;
   for (int l = 1; l <= t.net.L; l++) {
-    string layer = "layer " + to_string(l) + ", ";
-    add_exponents(plots, layer + "a", "values", plain[l].a);
-    add_exponents(plots, layer + "delta", without, plain[l].delta);
-    add_exponents(plots, layer + "delta", with, scaled[l].delta);
-    add_exponents(plots, layer + "dW", without, plain[l].dW);
-    add_exponents(plots, layer + "dW", with, scaled[l].dW);
+    string layer = format("layer %d, ", l), with = format(", times %g", t.state.scale);
+    print_exponents(layer + "a", plain[l].a);
+    print_exponents(layer + "delta", plain[l].delta);
+    print_exponents(layer + "delta" + with, scaled[l].delta);
+    print_exponents(layer + "dW", plain[l].dW);
+    print_exponents(layer + "dW" + with, scaled[l].dW);
   }
-  write_svg(o["svg"], plots,
-            "Per cent of the non-zero values from 2^x up. fp16: 0 below 2^-25, subnormal below 2^-14.");
 }
 
 // ==== test and predict: what a saved model reads ====
@@ -2298,8 +2175,7 @@ int predict_pictures(const vector<string>& words, const vector<string>& files) {
     try {
       predict_picture(t.net, files[i], side);
     } catch (const std::exception& error) {  // the others are read all the same
-      fprintf(stderr, "mp: %s\n", printable(error.what()).c_str());
-      status = 1;
+      status = complain(error.what());
     }
   }
   return status;
@@ -2317,24 +2193,7 @@ template <class F> double least_seconds(F work) {
   }
   return least;
 }
-// What the machine could do: multiply-adds on numbers that stay in registers. Each sum depends on itself, or a compiler
-// would compute it once; 12 of them hide the latency, and fit into the registers.
-constexpr int peak_sums = 12, peak_rounds = 20000;
-__global__ void peak_kernel(Vector* memory, float x) {
-  Vector* const mine = memory + (blockIdx.x * blockDim.x + threadIdx.x) * peak_sums;
-  Vector sum[peak_sums];
-  UNROLL for (int i = 0; i < peak_sums; i++) sum[i] = mine[i];
-  for (int n = 0; n < peak_rounds; n++) {
-    UNROLL for (int i = 0; i < peak_sums; i++) add_product(sum[i], x, sum[i]);
-  }
-  UNROLL for (int i = 0; i < peak_sums; i++) mine[i] = sum[i];
-}
-double peak_flops() {
-  int blocks = 16 * cores(), vectors = blocks * element_threads * peak_sums;
-  Tensor memory = make_tensor(vectors, vector_width, Type::fp32);
-  auto run = [&] { launch(peak_kernel, blocks, element_threads, memory.as<Vector>(), 0.5f); };
-  return 2. * vectors * vector_width * peak_rounds / least_seconds(run);
-}
+
 Tensor random_matrix(int n, Type type) {  // a GPU multiplies zeros faster than other numbers
   vector<float> values;
   for (int i = 0; i < n * n; i++) values.push_back(uniform(1, i));
@@ -2343,7 +2202,7 @@ Tensor random_matrix(int n, Type type) {  // a GPU multiplies zeros faster than 
   return t;
 }
 
-constexpr int largest = real_tensor_cores ? 8192 : 512;  // matrix, and batch of the wide network
+constexpr int smallest = real_tensor_cores ? 1024 : 512, largest = real_tensor_cores ? 8192 : 512;  // n x n matrices
 void multiply(const string& rung, Layout layout, const Tensor& A, const Tensor& B, const Tensor& C) {
   if (rung == "naive") return gemm_naive(layout, A, B, C);
   if (rung == "tiled") return gemm_tiled(layout, A, B, C);
@@ -2361,31 +2220,23 @@ void multiply(const string& rung, Layout layout, const Tensor& A, const Tensor& 
     fail("cuBLAS failed");
 #endif
 }
-void bench_product(Layout layout, int n, double peak) {  // of two n x n matrices
+void bench_product(Layout layout, int n, Type type) {
   const char* const names[] = {"ABt", "AB", "AtB"};
-  int times = n < 512 ? 100 : 1;  // a GPU takes longer to launch a small product than to compute it
-  for (Type type : {Type::fp32, Type::fp16, Type::bf16}) {
-    Tensor A = random_matrix(n, type), B = random_matrix(n, type), C = make_tensor(n, n, type);
-    double of_cublas = 0;
-    for (string rung : {"cuBLAS", "naive", "tiled", "mma"}) {
-      if ((rung == "cuBLAS" && !real_tensor_cores) || (rung == "mma" && !tensor_cores(type))) continue;
-      Graph graph;
-      auto products = [&] {
-        for (int i = 0; i < times; i++) multiply(rung, layout, A, B, C);
-      };
-      double rate = times * 2. * n * n * n / least_seconds([&] { replay(graph, products); });
-      printf("%-7s %5d  %s  %-6s %9.1f GFLOP/s %6.1f%% of the fp32 peak", names[int(layout)], n, type_names[int(type)],
-             rung.c_str(), rate * 1e-9, 100 * rate / peak);
-      if (rung == "cuBLAS") of_cublas = rate;
-      if (of_cublas > 0) printf(" %6.1f%% of cuBLAS", 100 * rate / of_cublas);
-      printf("\n");
-    }
+  Tensor A = random_matrix(n, type), B = random_matrix(n, type), C = make_tensor(n, n, type);
+  double of_cublas = 0;
+  for (string rung : {"cuBLAS", "naive", "tiled", "mma"}) {
+    if ((rung == "cuBLAS" && !real_tensor_cores) || (rung == "mma" && !tensor_cores(type))) continue;
+    double rate = 2. * n * n * n / least_seconds([&] { multiply(rung, layout, A, B, C); });
+    printf("%-7s %5d  %s  %-6s %9.1f", names[int(layout)], n, type_names[int(type)], rung.c_str(), rate * 1e-9);
+    if (rung == "cuBLAS") of_cublas = rate;
+    if (of_cublas > 0) printf("  %5.1f%% of cuBLAS", 100 * rate / of_cublas);
+    printf("\n");
   }
 }
 // `steps` training steps at a time, on one grey image. A learning rate of 0 keeps all steps alike.
 void bench_step(const vector<int>& sizes, int batch, int steps) {
   auto pixels = on_device(Bytes(size_t(steps) * batch * sizes[0], 100)), labels = on_device(Bytes(steps * batch));
-  Batch data{pixels.get(), labels.get(), nullptr, nullptr, nullptr, batch};
+  Batch data{pixels.get(), labels.get(), nullptr, batch};
   for (Type type : {Type::fp32, Type::fp16, Type::bf16}) {
     Mlp net = make_mlp(sizes, batch, type, Update::master);
     initialise(net);
@@ -2402,21 +2253,21 @@ void bench_step(const vector<int>& sizes, int batch, int steps) {
   }
 }
 void bench() {
-  double peak = peak_flops();
-  printf("%s\npeak of fp32 multiply-adds, measured: %.1f GFLOP/s\n", machine().c_str(), peak * 1e-9);
-  printf("\na training step      batch  type  microseconds   images/s  bytes of activations and gradients\n");
+  printf("%s\n\n", machine().c_str());
+  printf("a training step      batch  type  microseconds   images/s  bytes of activations and gradients\n");
   bench_step({784, 128, 10}, 64, 100);
   bench_step({784, 8192, 10}, largest, 1);
-  printf("\nproduct     n  type  rung\n");
-  for (Layout layout : {Layout::ABt, Layout::AB, Layout::AtB})
-    for (int n = 128; n <= largest; n *= 4) bench_product(layout, n, peak);
+  printf("\nproduct     n  type  rung    GFLOP/s\n");
+  for (int n = smallest; n <= largest; n *= 2)
+    for (Layout layout : {Layout::ABt, Layout::AB, Layout::AtB})
+      for (Type type : {Type::fp32, Type::fp16, Type::bf16}) bench_product(layout, n, type);
 }
 
 // ==== The command line ====
 const char usage_text[] = R"(usage: mp train [OPTION...]              learn digits, a row of figures an epoch
        mp test MODEL [--data DIR]        what a saved model takes for what
-       mp compare [OPTION...]            with one technique off at a time; --sweep scale|lr [--svg FILE]
-       mp histogram [OPTION...]          exponents against fp16's range; [--svg FILE]
+       mp compare [OPTION...]            with one technique off at a time; or --sweep scale|lr
+       mp histogram [OPTION...]          exponents against fp16's range
        mp predict MODEL IMAGE...         which digit each PNG or JPEG shows
        mp article                        the article's 1-5-1 network, as written and with ReLU
        mp bench                          the matrix products and the training step: how fast, how large
@@ -2435,12 +2286,6 @@ void print_help() {
 int run_command(const string& command, const vector<string>& words) {  // returns the program's exit status
   Options o = parse(command, words);
   size_t files = o.files.size();
-  if (!o["svg"].empty()) check_writable(o["svg"]);
-  std::error_code none;
-  for (const string& output : {o["log"], o["svg"]})
-    for (const string& model : {o["save"], o["resume"], o["init"]})
-      if ((!output.empty() && output == model) || fs::equivalent(output, model, none))
-        misuse(output + " would overwrite the checkpoint " + model);
   if (command == "train" && files == 0) train(words);
   else if (command == "test" && files == 1) test(words, o.files[0]);
   else if (command == "compare" && files == 0) compare(words, o);
@@ -2465,15 +2310,15 @@ __attribute__((weak)) int main(int argc, char** argv) {
       printf("mp 2.0, %s back end, vectors of %d floats\n", real_tensor_cores ? "CUDA" : "CPU", vector_width);
     else status = run_command(words[0], {words.begin() + 1, words.end()});
     if (fflush(stdout) || ferror(stdout))
-      fail("standard output cannot be written: %s; send it elsewhere", strerror(errno));
+      fail(format("standard output cannot be written: %s; send it elsewhere", strerror(errno)));
     return status;
   } catch (const UsageError& error) {
-    fprintf(stderr, "mp: %s\n%s", error.what(), usage_text);
+    complain(error.what());
+    fputs(usage_text, stderr);
     return 2;
   } catch (const std::bad_alloc&) {
-    fprintf(stderr, "mp: out of memory; make --layers or --batch smaller\n");
+    return complain("out of memory; make --layers or --batch smaller");
   } catch (const std::exception& error) {  // Error, or one of the file system
-    fprintf(stderr, "mp: %s\n", printable(error.what()).c_str());
+    return complain(error.what());
   }
-  return 1;
 }

@@ -26,7 +26,8 @@
 struct Error : std::runtime_error {
   using runtime_error::runtime_error;
 };
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));  // throws Error; as printf
+[[noreturn]] void fail(const std::string& text);                                   // throws Error
+std::string format(const char* words, ...) __attribute__((format(printf, 1, 2)));  // as printf
 
 // ---- Number formats (article 2.1; IEEE 754 binary16; bfloat16 is the upper half of a float) ----
 struct half {
@@ -146,12 +147,11 @@ struct LossScaler {
 };
 
 // ---- A training step: the boxes A to H of article 2.3. Each is a launch or two; the host waits for none. ----
-struct Batch {                             // device memory; images, or else points x with targets y
-  const uint8_t* pixels = nullptr;         // [n, in], 0 to 255
-  const uint8_t* labels = nullptr;         // [n]
-  const float *x = nullptr, *y = nullptr;  // [n, in] and [n, classes]
-  const int* order = nullptr;              // [n] a permutation: sample i of the epoch is order[i]; none: i
-  int rows = 0;                            // of this batch
+struct Batch {                      // images in device memory; without them a0 and y hold the batch already
+  const uint8_t* pixels = nullptr;  // [n, in], 0 to 255
+  const uint8_t* labels = nullptr;  // [n]
+  const int* order = nullptr;       // [n] a permutation: sample i of the epoch is order[i]; none: i
+  int rows = 0;                     // of this batch
 };
 void preprocess(Mlp& net, const Batch& batch, const LossScaler* scaler);  // A B  a0 = pixel / 255, y = one-hot
 void forward(Mlp& net, int l);                                            // C D  E2
@@ -300,8 +300,8 @@ inline const cudaDeviceProp& device() {
   static cudaDeviceProp p = {};
   int number = 0;
   if (p.major == 0 && (cudaGetDevice(&number) != cudaSuccess || cudaGetDeviceProperties(&p, number) != cudaSuccess))
-    fail("no CUDA device answers (%s); `make BACKEND=cpu` builds a program that needs none",
-         cudaGetErrorString(cudaGetLastError()));
+    fail(format("no CUDA device answers (%s); `make BACKEND=cpu` builds a program that needs none",
+                cudaGetErrorString(cudaGetLastError())));
   return p;
 }
 inline std::string machine() { return device().name + std::string(" (CUDA)"); }
@@ -696,7 +696,8 @@ struct Pool {
 };
 inline int number_in(const char* name, int most) {
   const char* const s = std::getenv(name);
-  if (std::atoi(s) < 1 || std::atoi(s) > most) fail("%s=%s: must be a whole number from 1 to %d", name, s, most);
+  if (std::atoi(s) < 1 || std::atoi(s) > most)
+    fail(format("%s=%s: must be a whole number from 1 to %d", name, s, most));
   return std::atoi(s);
 }
 inline std::unique_ptr<Pool>& pool() {
