@@ -1624,11 +1624,9 @@ string remembered_options(const string& path) {
   return file.metadata["mp.options"];
 }
 
-// A layer as any program may have saved it: X.weight [out, in] and X.bias [out]. LoRA's matrices may fit between layers,
-// but belong beside one: nobody uses them here, nor BatchNorm's numbers, and such a file is refused.
-struct Linear {
-  const SavedTensor *weight, *bias, *compensation;  // null: there is none
-};
+// The tensors of a layer as any program may have saved it, by the last part of their names: weight [out, in], and bias
+// [out] or none. `compensation` is mp's own.
+using Linear = std::map<string, const SavedTensor*>;
 // A key to sort names by: every number is as long as the others, so that fc2 comes before fc10.
 string natural_order(const string& name) {
   string key;
@@ -1640,29 +1638,26 @@ string natural_order(const string& name) {
   return key;
 }
 vector<Linear> linear_layers(const SafeTensors& file, const string& path) {
-  std::map<string, const SavedTensor*> unused;
-  for (const SavedTensor& t : file.tensors) unused[t.name] = &t;
-  if (unused.size() < file.tensors.size()) fail_in(path, "damaged: two tensors have one name");
-  std::multimap<string, Linear> layers;
+  std::map<string, Linear> layers;  // by the first part of their names, in order
   for (const SavedTensor& t : file.tensors) {
-    size_t end = t.name.size() - min<size_t>(6, t.name.size());
-    string X = t.name.substr(0, end);
-    if (t.name.substr(end) != "weight" || t.shape.size() != 2 || X.find("lora_") != X.npos) continue;
-    Linear& layer = layers.emplace(natural_order(X), Linear{&t, nullptr, nullptr})->second;
-    unused.erase(t.name);
-    auto bias = unused.find(X + "bias");
-    if (bias != unused.end() && bias->second->shape == vector{t.shape[0]}) layer.bias = unused.extract(bias).mapped();
-    if (auto found = unused.extract(X + "compensation")) layer.compensation = found.mapped();
+    size_t end = t.name.rfind('.') + 1;  // 0 if there is no dot
+    string part = t.name.substr(end);
+    bool matrix =
+        part == "weight" && t.shape.size() == 2 && t.name.find("lora_") == t.name.npos;       // LoRA's stand beside
+    bool used = matrix || (part == "bias" && t.shape.size() == 1) || part == "compensation";  // a layer's matrix
+    if (!used || !layers[natural_order(t.name.substr(0, end))].emplace(part, &t).second)
+      fail_in(path, t.name + " belongs to no layer (a matrix X.weight, X.bias): its part would be lost");
   }
-  if (!unused.empty())
-    fail_in(path, unused.begin()->first + " belongs to no layer (a matrix X.weight, X.bias): its part would be lost");
-  if (layers.empty()) fail_in(path, "holds no layer: a matrix 0.weight and its 0.bias, as PyTorch names them");
   vector<Linear> in_order;
-  for (const auto& [key, layer] : layers) {
-    if (!in_order.empty() && in_order.back().weight->shape[0] != layer.weight->shape[1])
-      fail_in(path, layer.weight->name + " does not take what " + in_order.back().weight->name + " gives");
+  for (auto& [X, layer] : layers) {
+    const string& name = layer.begin()->second->name;
+    const SavedTensor *bias = layer["bias"], *weight = layer["weight"];
+    if (!weight || (bias && bias->shape[0] != weight->shape[0])) fail_in(path, name + " fits no matrix X.weight");
+    if (!in_order.empty() && in_order.back()["weight"]->shape[0] != weight->shape[1])
+      fail_in(path, weight->name + " does not take what " + in_order.back()["weight"]->name + " gives");
     in_order.push_back(layer);
   }
+  if (in_order.empty()) fail_in(path, "holds no layer: a matrix 0.weight and its 0.bias, as PyTorch names them");
   return in_order;
 }
 // A network with the weights of a file, and where that is mp's own with its state; with fresh weights if `path` is empty
@@ -1675,8 +1670,8 @@ Training open_network(const Options& options, const string& path) {
   if (!path.empty()) {
     file = read_safetensors(path);
     layers = linear_layers(file, path);
-    vector<int> sizes = {int(layers[0].weight->shape[1])};
-    for (const Linear& layer : layers) sizes.push_back(int(layer.weight->shape[0]));
+    vector<int> sizes = {int(layers[0]["weight"]->shape[1])};
+    for (Linear& layer : layers) sizes.push_back(int(layer["weight"]->shape[0]));
     if (o.has("layers") && sizes != o.layers)
       fail_in(path, "holds layers " + joined(sizes) + ", not --layers " + o["layers"]);
     o.layers = sizes;
@@ -1701,13 +1696,12 @@ Training open_network(const Options& options, const string& path) {
   if (o.automatic) set_types(t.net);
   for (size_t i = 0; i < layers.size(); i++) {
     Layer& layer = t.net.layer[i + 1];
-    vector<float> no_bias(layer.b.cols);
-    set_parameters(layer, layers[i].weight->value, layers[i].bias ? layers[i].bias->value : no_bias);
-    const SavedTensor* saved = layers[i].compensation;
-    if (!ours || !saved || !layer.compensation.memory) continue;
-    if (int(saved->value.size()) != layer.compensation.cols)
-      fail_in(path, saved->name + " is damaged: its size is wrong");
-    to_device(saved->value, layer.compensation);
+    const SavedTensor *bias = layers[i]["bias"], *compensation = layers[i]["compensation"];
+    set_parameters(layer, layers[i]["weight"]->value, bias ? bias->value : vector<float>(layer.b.cols));
+    if (!ours || !compensation || !layer.compensation.memory) continue;
+    if (int(compensation->value.size()) != layer.compensation.cols)
+      fail_in(path, compensation->name + " is damaged: its size is wrong");
+    to_device(compensation->value, layer.compensation);
   }
   return t;
 }
