@@ -143,7 +143,7 @@ template <class F> __device__ __forceinline__ void with_type(Type type, F f) {
   else f(bfloat16{});
 }
 
-// ==== 2.3 The architecture: one training step, boxes A to H ====
+// ==== 2.3 The architecture: one training step, boxes A to G ====
 void train_step(Mlp& net, const Batch& batch, LossScaler& scaler, float lr) {
   //{ train_step
   preprocess(net, batch, &scaler);                   // A B  pixels / 255, rounded to the compute type
@@ -847,7 +847,8 @@ string format(const char* words, ...) {
 
 void check(cudaError_t error, const char* call, const char* file, int line) {
   if (error != cudaSuccess)
-    fail(format("the device failed: %s (%s:%d: %s); --resume goes on", cudaGetErrorString(error), file, line, call));
+    fail(format("the device failed: %s (%s:%d: %s); continue with --resume", cudaGetErrorString(error), file, line,
+                call));
 }
 template <class T> static shared_ptr<T> device_array(size_t count) {  // of zeros
   size_t bytes = max(count * sizeof(T), size_t(1));
@@ -941,7 +942,7 @@ void set_types(Mlp& net, const vector<Type>& types) {
 }
 Mlp make_mlp(const vector<int>& sizes, int batch, Type type, Update update) {
   if (sizes.size() < 2) fail("a network needs at least an input and an output layer");
-  if (type == Type::fp32 && update != Update::master) fail("fp32 weights lose nothing in an update: master is theirs");
+  if (type == Type::fp32 && update != Update::master) fail("fp32 weights lose nothing to rounding: use Update::master");
   Mlp net;
   net.L = int(sizes.size()) - 1;
   net.batch = net.rows = batch;
@@ -1135,8 +1136,8 @@ static void article() {
 // ==== 5.1 Data: sheets of digits, or MNIST's four files ====
 using Bytes = vector<uint8_t>;
 Bytes read_file(const string& path) {
-  if (!fs::is_regular_file(path)) fail_in(path, "No such file, or a folder, a device or a pipe; check the name");
-  if (fs::file_size(path) > INT_MAX) fail_in(path, "more than 2 GB; name another");
+  if (!fs::is_regular_file(path)) fail_in(path, "no such file, or a folder, device or pipe: check the name");
+  if (fs::file_size(path) > INT_MAX) fail_in(path, "larger than 2 GB: name another");
   Bytes bytes(fs::file_size(path));
   if (!std::ifstream(path, std::ios::binary).read((char*)bytes.data(), long(bytes.size())))
     fail_in(path, format("cannot be read: %s", strerror(errno)));
@@ -1146,7 +1147,7 @@ Bytes read_file(const string& path) {
 static string check_writable(const string& path) {
   fs::path target = fs::weakly_canonical(fs::absolute(path));
   bool old = fs::exists(target);
-  if (old && !fs::is_regular_file(target)) fail_in(path, "a folder, a device or a pipe; name a file to save to");
+  if (old && !fs::is_regular_file(target)) fail_in(path, "is a folder, device or pipe: name a file to save to");
   if (access(target.parent_path().c_str(), W_OK | X_OK) != 0 || (old && access(target.c_str(), W_OK) != 0))
     fail_in(path, format("cannot be saved: %s; make its folder first, or save elsewhere", strerror(errno)));
   return target.string();
@@ -1197,8 +1198,8 @@ static Decoded read_picture(const string& path, int channels) {  // a PNG or JPE
   int size = int(file.size());
   int width = 0, height = 0, found = 0;
   if (size > 1 && file[0] == 0xff && file[1] == 0xd8) check_jpeg(path, file);
-  else if (size < 1 || file[0] != 0x89) fail_in(path, "this is no PNG or JPEG");
-  if (!stbi_info_from_memory(file.data(), size, &width, &height, &found)) fail_in(path, "this is no PNG or JPEG");
+  else if (size < 1 || file[0] != 0x89) fail_in(path, "not a PNG or JPEG");
+  if (!stbi_info_from_memory(file.data(), size, &width, &height, &found)) fail_in(path, "not a PNG or JPEG");
   double pixels = double(width) * height;
   if (pixels > 100e6) fail_in(path, format("%d x %d pixels are more than 100 million", width, height));
   // A JPEG has at least a bit for 8 x 8 pixels, a PNG a bit for each, of which deflate packs at most 1032 into one.
@@ -1213,7 +1214,7 @@ static Images read_sheet(const string& path) {
   Decoded sheet = read_picture(path, 1);
   int side = sheet.width / 100;
   if (side == 0 || sheet.width % 100 != 0 || sheet.height % side != 0)
-    fail_in(path, format("%d x %d pixels are no rows of 100 square tiles", sheet.width, sheet.height));
+    fail_in(path, format("%d x %d pixels do not divide into rows of 100 square tiles", sheet.width, sheet.height));
   Images images;
   images.count = sheet.height / side * 100;
   images.pixels = side * side;
@@ -1245,7 +1246,7 @@ static Bytes read_idx(const string& path, vector<uint32_t>& size) {
   if (file.size() > 18 && file[0] == 0x1f && file[1] == 0x8b) file = gunzip(path, file);
   size_t header = 4 + 4 * size.size();
   if (file.size() < header || file[0] != 0 || file[1] != 0 || file[3] != size.size())
-    fail_in(path, format("no idx file of %zu dimensions; get it again (`make mnist`)", size.size()));
+    fail_in(path, format("not an idx file of %zu dimensions; get it again (`make mnist`)", size.size()));
   if (file[2] != 8) fail_in(path, format("holds %s, not bytes", file[2] > 12 ? "floats" : "other whole numbers"));
   double promised = 1;  // exact up to 2^53, and no file is larger
   for (size_t i = 0; i < size.size(); i++) {
@@ -1293,7 +1294,8 @@ Dataset load_dataset(const string& folder) {
     data = {read_mnist(folder, "train"), read_mnist(folder, "t10k"), "MNIST's files in " + folder};
   }
   if (data.train.pixels != data.test.pixels)
-    fail_in(folder, format("images of %d and of %d pixels; take one kind", data.train.pixels, data.test.pixels));
+    fail_in(folder, format("training images of %d pixels, test images of %d: use one kind", data.train.pixels,
+                           data.test.pixels));
   return data;
 }
 
@@ -1373,7 +1375,7 @@ SafeTensors read_safetensors(const string& path) {
   Bytes file = read_file(path);
   uint64_t length = 0;
   std::copy_n(file.begin(), min(file.size(), sizeof length), (uint8_t*)&length);
-  if (file.size() < 8 || length > file.size() - 8) fail_in(path, "no safetensors file, or cut short");
+  if (file.size() < 8 || length > file.size() - 8) fail_in(path, "not a safetensors file, or cut short");
   const uint8_t* numbers = file.data() + 8 + length;
   size_t size = file.size() - 8 - length;
   Header header{path, (const char*)file.data() + 8, (const char*)numbers};
@@ -1448,21 +1450,22 @@ const char techniques[] = "train histogram checkpoint";  // compare tries them a
 const Option option_table[] = {
     {"data", "DIR", "data", "sheets train.png and test.png, or MNIST's four files", "train test compare histogram"},
     {"layers", "N,N,...", "784,128,10", "sizes: pixels, hidden layers, classes", trainings},
-    {"precision", "fp32|fp16|bf16|auto", "fp16", "storage of all but masters, sums, loss; auto: by layer", techniques},
-    {"update", "master|half|kahan|stochastic", "master", "how w - lr g is added up", techniques},
+    {"precision", "fp32|fp16|bf16|auto", "fp16", "storage type; masters, sums, loss stay fp32; auto: per layer",
+     techniques},
+    {"update", "master|half|kahan|stochastic", "master", "how w - lr g is computed and stored", techniques},
     {"loss-scale", "dynamic|N", "dynamic", "what multiplies the loss gradient (fp32, bf16: 1)", techniques},
     {"scale-init", "N", "65536", "the dynamic scale's first value", trainings},
     {"growth-interval", "N", "2000", "finite steps until it doubles", trainings},
     {"loss", "xent|mse", "xent", "softmax cross-entropy, or E1 on one-hot targets", trainings},
     {"epochs", "N", "15", "total number of epochs, including those before --resume", trainings},
-    {"batch", "N", "64", "images a step", trainings},
+    {"batch", "N", "64", "images per step", trainings},
     {"lr", "X", "0.3", "learning rate of plain SGD", trainings},
-    {"seed", "N", "1", "of the first weights, the shuffling, stochastic rounding", trainings},
+    {"seed", "N", "1", "for first weights, shuffling and stochastic rounding", trainings},
     {"shuffle", "off|on", "on", "off: images in the order of the file", trainings},
     {"init", "FILE", "", "first weights from a safetensors file, PyTorch's for instance", "train compare histogram"},
     {"save", "FILE", "", "checkpoint after every epoch", "train"},
-    {"resume", "FILE", "", "go on from a checkpoint; other options override what it says", "train"},
-    {"log", "FILE.csv", "", "a row a step: step,epoch,loss,loss_scale,found_inf", "train"},
+    {"resume", "FILE", "", "continue from a checkpoint; other options override it", "train"},
+    {"log", "FILE.csv", "", "a row per step: step,epoch,loss,loss_scale,found_inf", "train"},
     {"sweep", "scale|lr", "", "accuracy over the loss scale, or over the learning rate", "compare"},
 };
 const Option& option_named(const string& name) {
@@ -1516,10 +1519,10 @@ void understand(Options& o) {
   o.seed = uint64_t(number(o, "seed", 0, 9e15, true));
   string update = "--update " + o["update"] + " with --precision " + o["precision"] + ": ";
   if (o.precision == Type::fp32 && o.update != Update::master) misuse(update + "fp32 weights lose nothing to rounding");
-  if (o.automatic && o.update != Update::master) misuse(update + "its layers move by their fp32 masters");
+  if (o.automatic && o.update != Update::master) misuse(update + "a layer needs its fp32 master to move");
   if (o.precision == Type::fp32 && o.dynamic)
-    misuse("--loss-scale dynamic with --precision fp32: its gradients do not vanish, there is nothing to scale for");
-  if (!o["init"].empty() && !o["resume"].empty()) misuse("--init and --resume both bring weights: give one of them");
+    misuse("--loss-scale dynamic with --precision fp32: fp32 gradients do not vanish, nothing needs scaling");
+  if (!o["init"].empty() && !o["resume"].empty()) misuse("--init and --resume both set the weights: give one of them");
 }
 // `--name value` and `--name=value` into o.text.
 void take_words(Options& o, const string& command, const vector<string>& words) {
@@ -1537,7 +1540,7 @@ void take_words(Options& o, const string& command, const vector<string>& words) 
     string value;
     if (equals != word.npos) value = word.substr(equals + 1);
     else if (i + 1 < words.size()) value = words[++i];
-    if (!strstr(option.commands, command.c_str())) misuse(name + " is no option of mp " + command);
+    if (!strstr(option.commands, command.c_str())) misuse(name + " is not an option of mp " + command);
     if (o.has(option.name)) misuse(name + " is given twice");
     if (value.empty() || value.rfind("--", 0) == 0) misuse(name + " needs a value: " + option.values);
     o.text[option.name] = value;
@@ -1555,7 +1558,7 @@ Options parse(const string& command, const vector<string>& words, const string& 
   vector<string> old_words;
   for (string word; text >> word;) old_words.push_back(word);
   take_words(o, "checkpoint", old_words);
-  if (!o.files.empty()) misuse("'" + o.files[0] + "' is no option");
+  if (!o.files.empty()) misuse("'" + o.files[0] + "' is not an option");
   take_words(o, command, words);
   understand(o);
   return o;
@@ -1903,8 +1906,9 @@ void train(const vector<string>& words) {
     vector<StepRecord> records = train_epoch(t);
     if (log) write_log(log, t, records);
     if (t.state.halted)
-      fail(format("step %u (epoch %d): %s, which no loss scale below %g can mend; use a smaller --lr, or bf16 or fp32",
-                  t.state.step, t.epoch, first_not_finite(t.net).c_str(), t.state.scale));
+      fail(format(
+          "step %u (epoch %d): %s, which no loss scale below %g can prevent; use a smaller --lr, or bf16 or fp32",
+          t.state.step, t.epoch, first_not_finite(t.net).c_str(), t.state.scale));
     printf("%5d  %10.5g  %12.2f%%  %10g  %7d  %8.0f  %7.2f", t.epoch, t.mean_loss, t.test_accuracy, t.state.scale,
            t.state.skipped, t.steps * o.batch / t.seconds, t.seconds);
     printf(o.automatic ? "  %s\n" : "\n", map_of(t.net).c_str());
@@ -2258,13 +2262,13 @@ void bench() {
 }
 
 // ==== The command line ====
-const char usage_text[] = R"(usage: mp train [OPTION...]              learn digits, a row of figures an epoch
-       mp test MODEL [--data DIR]        what a saved model takes for what
+const char usage_text[] = R"(usage: mp train [OPTION...]              learn digits; prints a row per epoch
+       mp test MODEL [--data DIR]        a saved model's confusion table
        mp compare [OPTION...]            with one technique off at a time; or --sweep scale|lr
        mp histogram [OPTION...]          exponents against fp16's range
        mp predict MODEL IMAGE...         which digit each PNG or JPEG shows
        mp article                        the article's 1-5-1 network, as written and with ReLU
-       mp bench                          the matrix products and the training step: how fast, how large
+       mp bench                          how fast matrix products and training steps are
        mp --help | mp --version          every option with its default | what this program was built for
 )";
 void print_help() {
@@ -2287,7 +2291,7 @@ int run_command(const string& command, const vector<string>& words) {  // return
   else if (command == "predict" && files > 1) return predict_pictures(words, o.files);
   else if (command == "article" && files == 0) article();
   else if (command == "bench" && files == 0) bench();
-  else misuse("mp " + command + ": no such command, or a file too few or too many");
+  else misuse("mp " + command + ": no such command, or the wrong number of files");
   return 0;
 }
 }  // namespace

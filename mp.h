@@ -55,7 +55,7 @@ struct Tensor {
   template <class T> T* as() const { return reinterpret_cast<T*>(memory.get()); }
   size_t bytes() const { return size_t(rows) * size_t(stride) * (type == Type::fp32 ? 4 : 2); }
 };
-Tensor make_tensor(int rows, int cols, Type type);                  // zeros; fails when the device has not the memory
+Tensor make_tensor(int rows, int cols, Type type);                  // zeros; fails if the device has too little memory
 Tensor first_rows(const Tensor& t, int rows);                       // a view of the upper rows
 std::vector<float> to_host(const Tensor& t);                        // [rows * cols], without the padding
 void to_device(const std::vector<float>& values, const Tensor& t);  // [rows * cols], each rounded to t's type
@@ -87,7 +87,7 @@ enum class Loss { cross_entropy, squared_error };
 enum class Update { master, half, kahan, stochastic };  // article 3.1 and 3.2 step 5; paper 3.1; arXiv 2010.06192
 struct Layer {
   Type type = Type::fp32;  // of everything below but `master` and `a`
-  int clean_probes = 2;    // in a row in which fp16 could hold everything; counted up to 2 (--precision auto)
+  int clean_probes = 2;    // consecutive ones in which fp16 could hold everything, at most 2 (--precision auto)
   Tensor master;           // [1, n] fp32: W row after row, then b, both with their padding; empty if update != master
   Tensor weights;          // [1, n] compute copy of the master; in fp32 the master itself
   Tensor gradients;        // [1, n] dL/dW and dL/db, times the loss scale
@@ -146,7 +146,7 @@ struct LossScaler {
   void write(const StepState& s);
 };
 
-// ---- A training step: the boxes A to H of article 2.3. Each is a launch or two; the host waits for none. ----
+// ---- Article 2.3: boxes A to G are a training step. Each is a launch or two; the host waits for none. ----
 struct Batch {                      // images in device memory; without them a0 and y hold the batch already
   const uint8_t* pixels = nullptr;  // [n, in], 0 to 255
   const uint8_t* labels = nullptr;  // [n]

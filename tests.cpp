@@ -2015,7 +2015,7 @@ TEST_SUITE("data") {
   TEST_CASE("sheets: row r of tiles is digit r mod 10") {
     const Folder folder;
     folder.put("test.png", sheet(1, 3));
-    says(error_of_data(folder), {"train.png: No such file"});
+    says(error_of_data(folder), {"train.png: no such file"});
     folder.put("train.png", sheet(12, 3));
     put_mnist(folder);
     const Dataset data = load_dataset(folder.path);
@@ -2114,7 +2114,7 @@ TEST_SUITE("checkpoints") {
          {R"("x":{"dtype":"F32"})" + zeros(0), "\"x\"" + zeros(0), "\"x\\" + zeros(0), x + "}0", number + x})
       says(read_header(inner), {"/m: "});
     for (const string type : {"F64", "F8_E4M3"}) says(read_header(entry("x", type, "8", "0,8")), {"x", type});
-    says(read("PK\x03\x04 and what else PyTorch writes"), {"no safetensors file"});
+    says(read("PK\x03\x04 and what else PyTorch writes"), {"not a safetensors file"});
     damage(tensors(R"({"__metadata__":{"a":"1\n"},)" + x + "}", "12345678"), 8, 0, read);
   }
 }
