@@ -25,6 +25,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <numeric>
 #include <set>
 #include <sstream>
@@ -1555,10 +1556,7 @@ Options parse(const string& command, const vector<string>& words, const string& 
   Options o;
   for (const Option& option : option_table) o.text[option.name] = option.initial;
   std::istringstream text(remembered);
-  vector<string> old_words;
-  for (string word; text >> word;) old_words.push_back(word);
-  take_words(o, "checkpoint", old_words);
-  if (!o.files.empty()) misuse("'" + o.files[0] + "' is not an option");
+  take_words(o, "checkpoint", {std::istream_iterator<string>(text), {}});
   take_words(o, command, words);
   understand(o);
   return o;
@@ -1898,10 +1896,9 @@ void train(const vector<string>& words) {
   }
   printf("%s\n%s: %d images to train on, %d to test\n", describe(t.o).c_str(), t.data.what.c_str(), t.data.train.count,
          t.data.test.count);
-  if (t.epoch < o.epochs)
-    printf("epoch  train loss  test accuracy  loss scale  skipped  images/s  seconds%s\n",
-           o.automatic ? "  bits by layer, multiply-adds in 16" : "");
-  else if (!save.empty()) save_checkpoint(save, t);
+  printf("epoch  train loss  test accuracy  loss scale  skipped  images/s  seconds%s\n",
+         o.automatic ? "  bits by layer, multiply-adds in 16" : "");
+  if (!save.empty() && t.epoch >= o.epochs) save_checkpoint(save, t);  // there is nothing left to train
   while (t.epoch < o.epochs) {
     vector<StepRecord> records = train_epoch(t);
     if (log) write_log(log, t, records);
