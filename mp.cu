@@ -137,7 +137,7 @@ struct Matrix {
   __device__ void set(int row, int col, float x) const { store(size_t(row) * stride + col, {x}); }
 };
 static Matrix matrix(const Tensor& t) { return {t.memory.get(), t.type, t.rows, t.cols, t.stride}; }
-// Asks for the type once, not at every access: calls f with a zero of that type, decltype(zero) in f.
+// Looks at the type once, not at every access: calls f with a zero of that type, decltype(zero) in f.
 template <class F> __device__ __forceinline__ void with_type(Type type, F f) {
   if (type == Type::fp32) f(0.f);
   else if (type == Type::fp16) f(half{});
@@ -162,22 +162,8 @@ void train_step(Mlp& net, const Batch& batch, LossScaler& scaler, float lr) {
 }
 
 // A kernel is the work of one thread. launch(kernel, blocks, threads, arguments...) runs it blocks x threads times; what a
-// thread works on follows from its number, here a row. Launches run in order; for a GPU the host does not wait.
-static dim3 blocks_of_rows(int rows) { return unsigned(rows + row_threads - 1) / row_threads; }
-
-// Boxes A and B. Images lie in device memory as bytes. StepState, there too, counts the steps: thus every step is
-// launched with the same arguments, and a GPU can replay it. Without a state (evaluation) a batch starts at row 0.
-__device__ __forceinline__ size_t sample_of(const Batch& batch, const StepState* state, int row) {
-  const int i = state ? state->position * batch.rows + row : row;
-  return size_t(batch.order ? batch.order[i] : i);
-}
-__global__ void one_hot_kernel(Batch batch, const StepState* state, Matrix y) {
-  const int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row >= batch.rows) return;
-  const int label = batch.labels[sample_of(batch, state, row)];
-  for (int i = 0; i < y.cols; i++) y.set(row, i, i == label);
-}
-// Kernels with little to do take 8 numbers at a time: in 16 bits 16 bytes of memory, one access. n is a multiple of 8.
+// thread works on follows from its number. Launches run in order; for a GPU the host does not wait.
+// Kernels that do little for a number take 8 at a time, 16 bytes in 16 bits: one access to memory. n is a multiple of 8.
 // A block has elements_per_block of the n: on a GPU 8 for each of 256 threads, on a CPU all for one thread.
 struct Share {
   int begin, end, step;
@@ -186,14 +172,17 @@ __device__ __forceinline__ Share my_share(int n) {
   const int begin = int(blockIdx.x) * elements_per_block;
   return {begin + int(threadIdx.x) * 8, min(begin + elements_per_block, n), int(blockDim.x) * 8};
 }
-template <class... P, class... A> void launch_elements(void (*kernel)(P...), int n, A... args) {
-  launch(kernel, unsigned((n + elements_per_block - 1) / elements_per_block), element_threads, args...);
-}
-__global__ void pixels_kernel(Batch batch, const StepState* state, Matrix a0) {
+static unsigned blocks_for(int n) { return unsigned(n + elements_per_block - 1) / elements_per_block; }
+
+// Boxes A and B. Images lie in device memory as bytes. StepState, there too, counts the steps: thus every step is
+// launched with the same arguments, and a GPU can replay it. Without a state (evaluation) a batch starts at row 0.
+__global__ void preprocess_kernel(Batch batch, const StepState* state, Matrix a0, Matrix y) {
   const Share share = my_share(batch.rows * a0.stride);
   for (int i = share.begin; i < share.end; i += share.step) {
-    const int col = i % a0.stride, left = a0.cols - col;  // pixels of this row from here on
-    const uint8_t* const pixel = batch.pixels + sample_of(batch, state, i / a0.stride) * a0.cols + col;
+    const int row = i / a0.stride, col = i % a0.stride, left = a0.cols - col;  // pixels of this row from here on
+    const int place = state ? state->position * batch.rows + row : row;
+    const size_t sample = batch.order ? batch.order[place] : place;
+    const uint8_t* const pixel = batch.pixels + sample * a0.cols + col;
     float a[8] = {};
     if (left >= 8) {
       UNROLL for (int j = 0; j < 8; j++) a[j] = pixel[j] / 255.f;
@@ -201,14 +190,15 @@ __global__ void pixels_kernel(Batch batch, const StepState* state, Matrix a0) {
       for (int j = 0; j < left; j++) a[j] = pixel[j] / 255.f;
     }
     a0.store(i, a);
+    for (int j = 0; j < y.cols && col == 0 && batch.labels; j++) y.set(row, j, j == batch.labels[sample]);  // one-hot
   }
 }
 void preprocess(Mlp& net, const Batch& batch, const LossScaler* scaler) {
-  const Matrix a0 = matrix(net.layer[0].a), y = matrix(net.y);
+  const Matrix a0 = matrix(net.layer[0].a);
   const StepState* const state = scaler ? scaler->state.get() : nullptr;
   net.rows = batch.rows;
-  if (batch.pixels) launch_elements(pixels_kernel, batch.rows * a0.stride, batch, state, a0);
-  if (batch.labels) launch(one_hot_kernel, blocks_of_rows(batch.rows), row_threads, batch, state, y);
+  if (!batch.pixels) return;  // input and targets are there already (section 4.3)
+  launch(preprocess_kernel, blocks_for(batch.rows * a0.stride), element_threads, batch, state, a0, matrix(net.y));
 }
 
 // ==== 3.2 step 1: the parameters begin in fp32 ====
@@ -240,43 +230,38 @@ void initialise(Mlp& net) {
 // ==== 4.1 E1: the loss ====
 // E1 as the article has it, L = 1/2 sum (y - z)^2, and beside it softmax cross-entropy, L = -sum y log softmax(z) =
 // sum y (log sum exp(z) - z). In fp32 from the last layer's z, which has no f. Here L is the mean over a batch's rows.
-__global__ void loss_kernel(Loss kind, Matrix z, Matrix y, int rows, float* log_sum_exp, float* row_loss) {
-  const int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row >= rows) return;
-  float L = 0;
-  //{ E1 loss
-  if (kind == Loss::squared_error) {
-    for (int i = 0; i < z.cols; i++) L += 0.5f * (y(row, i) - z(row, i)) * (y(row, i) - z(row, i));
-  } else {
-    float largest = z(row, 0), sum = 0;  // subtracted, so that exp cannot overflow
-    for (int i = 1; i < z.cols; i++) largest = fmaxf(largest, z(row, i));
-    for (int i = 0; i < z.cols; i++) sum += expf(z(row, i) - largest);
-    log_sum_exp[row] = largest + logf(sum);
-    for (int i = 0; i < z.cols; i++)
-      if (y(row, i) != 0) L += y(row, i) * (log_sum_exp[row] - z(row, i));  // 0 times infinity would be NaN
-  }
-  //}
-  row_loss[row] = L;
-}
-// Sums are added in a fixed order, so that the same seed gives the same bits: here the 32 threads of one block add
-// every 32nd row each. Their sums meet in shared memory, which the block's threads share (launch_shared() says how many
-// bytes); at __syncthreads() they wait for each other.
-__global__ void mean_kernel(const float* row_loss, int rows, StepState* state) {
-  float* const part = dynamic_shared<float>();  // [32]
+// Sums are added in a fixed order, so that the same seed gives the same bits: here the threads of one block take every
+// loss_threads-th row each. Their sums meet in shared memory, which the block's threads share (launch_shared() says how
+// many bytes); at __syncthreads() they wait for each other.
+__global__ void loss_kernel(Loss kind, Matrix z, Matrix y, int rows, float* log_sum_exp, StepState* state) {
+  float* const part = dynamic_shared<float>();  // [loss_threads]
   const int thread = threadIdx.x;
-  float sum = 0;
-  for (int row = thread; row < rows; row += 32) sum += row_loss[row];
-  part[thread] = sum;
+  float total = 0;
+  for (int row = thread; row < rows; row += loss_threads) {
+    float L = 0;
+    //{ E1 loss
+    if (kind == Loss::squared_error) {
+      for (int i = 0; i < z.cols; i++) L += 0.5f * (y(row, i) - z(row, i)) * (y(row, i) - z(row, i));
+    } else {
+      float largest = z(row, 0), sum = 0;  // subtracted, so that exp cannot overflow
+      for (int i = 1; i < z.cols; i++) largest = fmaxf(largest, z(row, i));
+      for (int i = 0; i < z.cols; i++) sum += expf(z(row, i) - largest);
+      log_sum_exp[row] = largest + logf(sum);
+      for (int i = 0; i < z.cols; i++)
+        if (y(row, i) != 0) L += y(row, i) * (log_sum_exp[row] - z(row, i));  // 0 times infinity would be NaN
+    }
+    //}
+    total += L;
+  }
+  part[thread] = total;
   __syncthreads();
   if (thread > 0) return;
-  for (int i = 1; i < 32; i++) sum += part[i];
-  state->loss = sum / float(rows);
+  for (int i = 1; i < min(rows, loss_threads); i++) total += part[i];
+  state->loss = total / float(rows);
 }
 void loss(Mlp& net, LossScaler& scaler) {
-  float* const row_loss = net.row_loss.as<float>();
-  launch(loss_kernel, blocks_of_rows(net.rows), row_threads, net.loss, matrix(net.layer[net.L].a), matrix(net.y),
-         net.rows, net.log_sum_exp.as<float>(), row_loss);
-  launch_shared(mean_kernel, 1, 32, 32 * sizeof(float), row_loss, net.rows, scaler.state.get());
+  launch_shared(loss_kernel, 1, loss_threads, loss_threads * sizeof(float), net.loss, matrix(net.layer[net.L].a),
+                matrix(net.y), net.rows, net.log_sum_exp.as<float>(), scaler.state.get());
 }
 
 // ==== 4.2.1 E2: forward, z = a W^T + b, a = f(z) ====
@@ -310,7 +295,8 @@ __global__ void output_delta_kernel(Loss kind, Matrix z, Matrix y, int rows, con
 }
 void output_delta(Mlp& net, const LossScaler& scaler) {
   const Layer& last = net.layer[net.L];
-  launch(output_delta_kernel, blocks_of_rows(net.rows), row_threads, net.loss, matrix(last.a), matrix(net.y), net.rows,
+  const dim3 blocks = unsigned(net.rows + row_threads - 1) / row_threads;
+  launch(output_delta_kernel, blocks, row_threads, net.loss, matrix(last.a), matrix(net.y), net.rows,
          net.log_sum_exp.as<float>(), scaler.state.get(), matrix(last.delta));
 }
 
@@ -449,8 +435,10 @@ template <int BM, int BN> __global__ void __launch_bounds__(tiled_threads(BM, BN
   float* const b_tile = a_tile + BK * BM;                                                 // [BK][BN]
   const int m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, k0 = blockIdx.z * p.k_per_split;  // where the block begins,
   const int M_left = p.M - m0, N_left = p.N - n0;                                         // and what is left from there
-  const int m_thread = int(threadIdx.x) % (BM / thread_tile.M) * thread_tile.M;
+  const int m_thread = int(threadIdx.x) % (BM / thread_tile.M) * (thread_tile.M / TM_parts);
   const int n_thread = int(threadIdx.x) / (BM / thread_tile.M) * thread_tile.N;
+  // Row i of a register tile. A GPU's lie in two runs of 4, so that neighbours read neighbours: no bank of memory twice.
+  const auto row = [](int i) { return i % (TM / TM_parts) + i / (TM / TM_parts) * (BM / TM_parts); };
   size_t A = layout == Layout::AtB ? size_t(k0) * p.A.stride + m0 : size_t(m0) * p.A.stride + k0;  // the tiles'
   size_t B = layout == Layout::ABt ? size_t(n0) * p.B.stride + k0 : size_t(k0) * p.B.stride + n0;  // first numbers
   Vector sum[register_tiles][TM][vectors] = {};
@@ -467,9 +455,10 @@ template <int BM, int BN> __global__ void __launch_bounds__(tiled_threads(BM, BN
       Vector c[TM][vectors];  // in registers
       UNROLL for (int i = 0; i < TM; i++) UNROLL for (int j = 0; j < vectors; j++) c[i][j] = sum[tile][i][j];
       for (int k = 0; k < min(K_left, BK); k++) {
-        const Column& a = *(const Column*)(a_tile + k * BM + m);
+        const float* const a = a_tile + k * BM + m;
         const Vector* const b = (const Vector*)(b_tile + k * BN + n);
-        UNROLL for (int i = 0; i < TM; i++) UNROLL for (int j = 0; j < vectors; j++) add_product(c[i][j], a.v[i], b[j]);
+        UNROLL for (int i = 0; i < TM; i++) UNROLL for (int j = 0; j < vectors; j++)
+            add_product(c[i][j], a[row(i)], b[j]);
       }
       UNROLL for (int i = 0; i < TM; i++) UNROLL for (int j = 0; j < vectors; j++) sum[tile][i][j] = c[i][j];
     }
@@ -481,7 +470,7 @@ template <int BM, int BN> __global__ void __launch_bounds__(tiled_threads(BM, BN
   with_type(p.A.type, [&](auto zero) {
     for (int tile = 0; tile < register_tiles; tile++)
       UNROLL for (int i = 0; i < TM; i++) UNROLL for (int j = 0; j < TN; j += 8) {
-        const int m = m_thread + tile % down * TM + i, n = n_thread + tile / down * TN + j;
+        const int m = m_thread + tile % down * TM + row(i), n = n_thread + tile / down * TN + j;
         float c[8];
         UNROLL for (int e = 0; e < 8; e++) c[e] = element(sum[tile][i][j / vector_width], j % vector_width + e);
         if (m < M_left && n < N_left) epilogue<decltype(zero)>(p, m0 + m, n0 + n, c);
@@ -495,20 +484,20 @@ template <int BM, int BN> __global__ void __launch_bounds__(tiled_threads(BM, BN
 //
 // A tile is panels of 64 x 64 numbers, in rows of 128 bytes, eight chunks of 16 bytes each. Chunk c of row r lies at
 // c ^ (r % 8). So the same chunk of eight rows, which ldmatrix reads at once, lies in 32 banks, which are read together.
-constexpr int mma_threads = 128, mma_BK = 64;
+constexpr int mma_threads = 128, mma_BK = 64, stages = 3;
 __device__ __forceinline__ int swizzle(int row, int chunk) { return row * 64 + (chunk ^ (row & 7)) * 8; }
 
 // rows x 64 numbers from g on. k_contiguous: neighbours in memory differ in k, as for A in A B^T; else rows do.
 template <bool k_contiguous, int rows, class T>
 __device__ __forceinline__ void load_tile(T* tile, const T* g, int stride, int rows_left, int K_left) {
-  UNROLL for (int n = 0; n < rows * 8 / mma_threads; n++) {
-    const int i = n * mma_threads + int(threadIdx.x), panel = i / 512 * 64, r = i / 8 % 64, chunk = i % 8;
-    const int y = k_contiguous ? panel + r : r, x = (k_contiguous ? 0 : panel) + chunk * 8;  // in the stored matrix
-    const int y_left = (k_contiguous ? rows_left : K_left) - y, x_left = (k_contiguous ? K_left : rows_left) - x;
-    const bool inside = y_left > 0 && x_left > 0;
-    const T* const from = g + (inside ? y * stride + x : 0);
-    copy_16_bytes_async(tile + panel * 64 + swizzle(r, chunk), from, inside ? min(x_left, 8) * 2 : 0);
-  }
+  for (int panel = 0; panel < rows; panel += 64) UNROLL for (int n = 0; n < 64 * 8 / mma_threads; n++) {
+      const int r = (n * mma_threads + int(threadIdx.x)) / 8, chunk = threadIdx.x % 8;
+      const int y = k_contiguous ? panel + r : r, x = (k_contiguous ? 0 : panel) + chunk * 8;  // in the stored matrix
+      const int y_left = (k_contiguous ? rows_left : K_left) - y, x_left = (k_contiguous ? K_left : rows_left) - x;
+      const bool inside = y_left > 0 && x_left > 0;
+      const T* const from = g + (inside ? y * stride + x : 0);
+      copy_16_bytes_async(tile + panel * 64 + swizzle(r, chunk), from, inside ? min(x_left, 8) * 2 : 0);
+    }
 }
 // 16 x 16 numbers of a tile, from (row, k) on, as four 8x8 matrices: lanes 8 i to 8 i + 7 bring the addresses of the rows
 // of matrix i, and r[i] becomes the lane's two numbers of it. mma wants the four of its operands in these orders:
@@ -525,7 +514,7 @@ __device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const T* tile, i
   ldmatrix_x4<!k_contiguous>(r, panel + (k_contiguous ? swizzle(y + j, x / 8) : swizzle(x + j, y / 8)));
 }
 // Four warps, two by two; each computes BM/2 x BN/2 results in pieces of 16 x 8.
-template <Layout layout, class T, int BM, int BN, int stages> __global__ void __launch_bounds__(mma_threads)
+template <Layout layout, class T, int BM, int BN> __global__ void __launch_bounds__(mma_threads)
     gemm_mma_kernel(Product p) {
   constexpr bool a_contiguous = layout != Layout::AtB, b_contiguous = layout == Layout::ABt;  // along k
   constexpr int MS = BM / 32, NS = BN / 32, tile_size = (BM + BN) * mma_BK;  // MS x NS squares of 16 x 16 for a warp
@@ -600,7 +589,7 @@ static void launch_tiles(void (*kernel)(Product), Product p, TileSize tile, int 
   const int results = p.M * p.C.stride;
   if (grid.z > 1) p.workspace = workspace_of(size_t(grid.z) * results);
   launch_shared(kernel, grid, threads, shared_bytes, p);
-  if (grid.z > 1) launch_elements(split_k_reduce_kernel, results, p, int(grid.z));
+  if (grid.z > 1) launch(split_k_reduce_kernel, blocks_for(results), element_threads, p, int(grid.z));
 }
 static Product product(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
   Product p = {};
@@ -639,17 +628,16 @@ void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
   if (large) launch_tiled<large_tile.M, large_tile.N>(p, splits);
   else launch_tiled<small_tile.M, small_tile.N>(p, splits);
 }
-bool tensor_cores(Type type) {
-  return (type == Type::fp16 && compute_capability() >= 75) || (type == Type::bf16 && compute_capability() >= 80);
-}
-template <Layout layout, class T, int BM, int BN, int stages> static void launch_mma(const Product& p, int splits) {
-  launch_tiles(gemm_mma_kernel<layout, T, BM, BN, stages>, p, {BM, BN}, mma_BK, mma_threads,
+bool tensor_cores(Type type) { return type == Type::fp16 || (type == Type::bf16 && bf16_tensor_cores()); }
+template <Layout layout, class T, int BM, int BN> static void launch_mma(const Product& p, int splits) {
+  launch_tiles(gemm_mma_kernel<layout, T, BM, BN>, p, {BM, BN}, mma_BK, mma_threads,
                (BM + BN) * mma_BK * stages * sizeof(T), splits);
 }
-// 2 or 3 stages: 48 KiB of shared memory either way
+// Large tiles need 96 KiB of shared memory, which a block may have from sm_80 on, and results for every multiprocessor.
 template <Layout layout, class T> static void launch_mma(const Product& p, int splits) {
-  if (int64_t(p.M) * p.N >= int64_t(multiprocessors()) * 128 * 64) launch_mma<layout, T, 128, 64, 2>(p, splits);
-  else launch_mma<layout, T, 64, 64, 3>(p, splits);
+  const bool enough = int64_t(p.M) * p.N >= int64_t(multiprocessors()) * 128 * 128;
+  if (enough && max_shared_bytes() >= 96 * 1024) launch_mma<layout, T, 128, 128>(p, splits);
+  else launch_mma<layout, T, 64, 64>(p, splits);
 }
 template <class T> static void launch_mma(const Product& p, int splits) {
   if (p.layout == Layout::ABt) launch_mma<Layout::ABt, T>(p, splits);
@@ -658,11 +646,11 @@ template <class T> static void launch_mma(const Product& p, int splits) {
 }
 void gemm_mma(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e, int splits) {
   const Product p = product(layout, A, B, C, e);
-  if (!tensor_cores(A.type)) fail("tensor cores multiply fp16 from sm_75 on, bf16 from sm_80 on; gemm_tiled all types");
+  if (!tensor_cores(A.type)) fail("tensor cores multiply fp16, from sm_80 on bf16; gemm_tiled all types");
   if (A.type == Type::fp16) launch_mma<half>(p, splits);
   else launch_mma<bfloat16>(p, splits);
 }
-// The rung that training climbs to.
+// The rung that training uses.
 void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
   static const char* const wanted = std::getenv("MP_GEMM");
   static const std::string rung = wanted ? wanted : real_tensor_cores ? "mma" : "tiled";
@@ -684,8 +672,18 @@ __device__ __forceinline__ bool unscale(float& gradient, float inverse_scale) { 
   return finite;
 }
 __device__ __forceinline__ bool is_finite(float gradient) { return unscale(gradient, 1); }
-// All gradients are looked at before update_kernel unscales any: one that is not finite stops the whole update.
-__global__ void check_kernel(Matrix gradients, StepState* state) {
+struct Parameters {  // of a layer, all [1, n]; no data in those that the update's rule does not keep
+  Matrix master, weights, compensation, gradients;
+};
+// A launch for all layers: blockIdx.y counts them. Those smaller than the largest have blocks with nothing to do.
+template <class... P, class... A> static void launch_layers(void (*kernel)(P...), const Mlp& net, A... args) {
+  int largest = 0;
+  for (const Layer& layer : net.layer) largest = std::max(largest, layer.weights.cols);
+  launch(kernel, dim3(blocks_for(largest), net.L), element_threads, net.parameters.get(), args...);
+}
+// All gradients are checked before update_kernel unscales any: one that is not finite stops the whole update.
+__global__ void check_kernel(const Parameters* layers, StepState* state) {
+  const Matrix gradients = layers[blockIdx.y].gradients;
   int found_inf[8] = {};
   const Share share = my_share(gradients.cols);
   for (int i = share.begin; i < share.end; i += share.step) {
@@ -696,12 +694,7 @@ __global__ void check_kernel(Matrix gradients, StepState* state) {
   for (int j = 0; j < 8; j++)
     if (found_inf[j]) atomicOr(&state->found_inf, 1);
 }
-void unscale_and_check(Mlp& net, LossScaler& scaler) {
-  for (int l = 1; l <= net.L; l++) {
-    const Tensor& gradients = net.layer[l].gradients;
-    launch_elements(check_kernel, gradients.cols, matrix(gradients), scaler.state.get());
-  }
-}
+void unscale_and_check(Mlp& net, LossScaler& scaler) { launch_layers(check_kernel, net, scaler.state.get()); }
 
 // As torch.amp.GradScaler.update(): a smaller scale after inf or NaN, a larger one after `interval` finite steps.
 __global__ void scaler_kernel(StepState* state, StepRecord* history, float growth, float backoff, int interval) {
@@ -771,14 +764,12 @@ __device__ __forceinline__ float stochastic(bfloat16, float x, uint64_t random) 
   return to_float(stochastic_bfloat16(x, random));
 }
 
-struct Parameters {  // of a layer, all [1, n]; no data in those that the rule does not keep
-  Matrix master, weights, compensation, gradients;
-};
-__global__ void update_kernel(Update rule, Parameters p, float lr, uint64_t seed, const StepState* state) {
+__global__ void update_kernel(const Parameters* layers, Update rule, float lr, uint64_t seed, const StepState* state) {
   if (state->found_inf) return;  // one bad gradient skips the whole step
+  const Parameters p = layers[blockIdx.y];
   const Share share = my_share(p.weights.cols);
   const float inverse_scale = float(1 / double(state->scale));  // as GradScaler does
-  const uint64_t step_seed = random_bits(seed, state->step);
+  const uint64_t step_seed = random_bits(random_bits(seed, gridDim.y + blockIdx.y + 1), state->step);
   with_type(p.weights.type, [&](auto zero) {
     using T = decltype(zero);
     float* const master = p.master.as<float>();
@@ -818,13 +809,7 @@ __global__ void update_kernel(Update rule, Parameters p, float lr, uint64_t seed
   });
 }
 void update(Mlp& net, LossScaler& scaler, float lr) {
-  for (int l = 1; l <= net.L; l++) {
-    const Layer& layer = net.layer[l];
-    const Parameters p = {matrix(layer.master), matrix(layer.weights), matrix(layer.compensation),
-                          matrix(layer.gradients)};
-    launch_elements(update_kernel, layer.weights.cols, net.update, p, lr, random_bits(net.seed, net.L + l),
-                    scaler.state.get());
-  }
+  launch_layers(update_kernel, net, net.update, lr, net.seed, scaler.state.get());
 }
 
 // ==== Device memory, and a network in it ====
@@ -837,7 +822,7 @@ using std::to_string;
 using std::vector;
 void fail(const string& text) { throw Error(text); }
 [[noreturn]] static void fail_in(const string& file, const string& what) { fail(file + ": " + what); }
-string format(const char* words, ...) {
+__attribute__((format(printf, 1, 2))) static string format(const char* words, ...) {
   char text[1000];
   va_list arguments;
   va_start(arguments, words);
@@ -846,17 +831,18 @@ string format(const char* words, ...) {
   return text;
 }
 
-void check(cudaError_t error, const char* call, const char* file, int line) {
-  if (error != cudaSuccess)
-    fail(format("the device failed: %s (%s:%d: %s); continue with --resume", cudaGetErrorString(error), file, line,
-                call));
+void check(cudaError_t error, const char* call, const char* file, int line) {  // a kernel's error: at a later call
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // takes the error away; the next launch would report it again
+  fail(
+      format("the device failed: %s (%s:%d: %s); continue with --resume", cudaGetErrorString(error), file, line, call));
 }
 template <class T> static shared_ptr<T> device_array(size_t count) {  // of zeros
   size_t bytes = max(count * sizeof(T), size_t(1));
   void* memory = nullptr;
   const cudaError_t error = cudaMalloc(&memory, bytes);
   if (error == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // takes the error away; the next launch would report it again
+    cudaGetLastError();
     fail(format("out of memory: no room for %.1f MiB more; make --batch or --layers smaller", bytes / 1048576.));
   }
   CUDA_CHECK(error);
@@ -921,6 +907,7 @@ void to_device(const vector<float>& values, const Tensor& t) {
 
 // Makes the tensors of each layer anew, in its type. The compute copies are the masters, rounded.
 void set_types(Mlp& net, const vector<Type>& types) {
+  vector<Parameters> parameters;
   for (int l = 0; l <= net.L; l++) {
     Layer& layer = net.layer[l];
     int out = layer.a.cols;
@@ -939,7 +926,10 @@ void set_types(Mlp& net, const vector<Type>& types) {
     layer.b = part_of(layer.weights, W_size, 1, out);
     layer.dW = part_of(layer.gradients, 0, out, in);
     layer.db = part_of(layer.gradients, W_size, 1, out);
+    parameters.push_back(
+        {matrix(layer.master), matrix(layer.weights), matrix(layer.compensation), matrix(layer.gradients)});
   }
+  net.parameters = on_device(parameters);
 }
 Mlp make_mlp(const vector<int>& sizes, int batch, Type type, Update update) {
   if (sizes.size() < 2) fail("a network needs at least an input and an output layer");
@@ -957,7 +947,6 @@ Mlp make_mlp(const vector<int>& sizes, int batch, Type type, Update update) {
   }
   set_types(net, vector<Type>(net.L, type));
   net.y = make_tensor(batch, sizes.back(), Type::fp32);
-  net.row_loss = make_tensor(1, batch, Type::fp32);
   net.log_sum_exp = make_tensor(1, batch, Type::fp32);
   return net;
 }
