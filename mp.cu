@@ -608,9 +608,7 @@ static Product product(Layout layout, const Tensor& A, const Tensor& B, const Te
   const bool bias_fits = !e.bias || (p.bias.cols == p.N && p.bias.type == A.type);
   const bool mask_fits = !e.mask || (p.mask.rows >= p.M && p.mask.cols == p.N && p.mask.type == A.type);
   if (!a_fits || !b_fits || !bias_fits || !mask_fits || p.K < 1 || A.type != B.type)
-    fail(format(
-        "a matrix product of [%d, %d] and [%d, %d] into [%d, %d]: sizes or types of operands, bias or mask differ",
-        A.rows, A.cols, B.rows, B.cols, C.rows, C.cols));
+    fail("a matrix product: sizes or types of the operands, the bias or the mask do not fit each other");
   return p;
 }
 void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
