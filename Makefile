@@ -179,7 +179,7 @@ exercise-%:
 	  $$1 == "//{" && $$2 == name { inside = 1; sub(/\/\/.*/, "// your code"); print }' mp.cu > $(X)/mp.cu
 	@awk '/^```$$/ { inside = 0 } !inside; /^<!-- region $* -->/ { here = 1 } \
 	  /^```cpp/ && here { here = 0; inside = 1; print "// your code" }' walkthrough.md > $(X)/walkthrough.md
-	@echo "$*: $(call title,$*)"; echo "$(PLACE)"; echo; $(call task,$*); echo; \
+	@echo "$*: $(call title,$*)"; echo "$(PLACE)"; echo; $(call task,$*); \
 	echo "Write it in $(X)/mp.cu, line $$(sed -n '/\/\/ your code/=' $(X)/mp.cu)."; echo "Then make check-$*"
 # First the verdict, then what the tests report, then what the program itself prints: 20 lines of it. Shared memory
 # starts as NaN (MP_ORDER). After a crash the same tests run under AddressSanitizer, which knows the line.
@@ -212,11 +212,11 @@ PLACE = walkthrough.md, $(call heading,$*)
 ONLY = --test-suite=$* --reporters=student
 LIMIT = $(if $(findstring mma,$*),90,30)
 LIMITED = ulimit -c 0; ulimit -S -t $(LIMIT); export MP_ORDER=forward
-# The innermost two lines of mp.cu, without those of Matrix, load() and store()
+# The innermost two lines of mp.cu, without those of Matrix and of what it calls
 FIND = $(MAKE) -s $(X)/tests-asan >$(X)/asan 2>&1; \
   { (cd $(X); $(LIMITED); MP_THREADS=1 exec ./tests-asan $(ONLY) --out=/dev/null >/dev/null 2>asan); } 2>/dev/null; \
   sed -nE '/ERROR: Addr/,/^$$/s/^ *\#.* in (void )?([A-Za-z0-9_]+).*(mp.cu:[0-9]+).*/  \3, in \2/p' $(X)/asan | \
-    grep -v ' Matrix$$\| load$$\| store$$' | head -2 | grep . || echo "  not found"
+    grep -Ev ' (Matrix|load|store|auto|with_type)$$' | head -2 | grep . || echo "  not found"
 # All exercises begun in this checkout, or a row for each of several checkouts
 check-all:
 ifdef FOLDERS
