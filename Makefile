@@ -3,7 +3,7 @@
 # make test        runs all tests;  make test SANITIZE=1 runs them under AddressSanitizer and UBSan
 # make exercises   lists the exercises: pieces of mp.cu for you to write, each with a check and two hints
 # make check-all   checks all that you have begun;  make check-all FOLDERS="DIR DIR": a row for each checkout
-# make plots       draws data/scale.svg, rate.svg and histogram.svg again
+# make plots       draws data/scale.svg and data/rate.svg again
 # make mnist       downloads MNIST into build/mnist;  make digits draws data/ again
 # make fuzz        feeds RUNS=100000 damaged inputs to each reader of files, with clang++;  make fuzz READERS=gz: to one
 # make cuda-check  compiles for every GPU that this nvcc knows, and needs none;  make gpu tests and measures on one
@@ -45,9 +45,8 @@ run: $(B)/mp
 test: $(B)/tests $(B)/mp
 	MP_PROGRAM=$(B)/mp $(B)/tests $(ARGS)
 plots: $(B)/mp
-	$(B)/mp compare --sweep scale --svg data/scale.svg $(ARGS)
-	$(B)/mp compare --sweep lr --svg data/rate.svg $(ARGS)
-	$(B)/mp histogram --svg data/histogram.svg $(ARGS)
+	$(B)/mp compare --sweep scale $(ARGS) | tee /dev/stderr | awk -f data/plot.awk > data/scale.svg
+	$(B)/mp compare --sweep lr $(ARGS) | tee /dev/stderr | awk -f data/plot.awk > data/rate.svg
 
 # build/flags changes only when the compiler, the back end or the flags do; then everything is built again.
 $(B)/flags: FORCE
@@ -213,11 +212,11 @@ PLACE = walkthrough.md, $(call heading,$*)
 ONLY = --test-suite=$* --reporters=student
 LIMIT = $(if $(findstring mma,$*),90,30)
 LIMITED = ulimit -c 0; ulimit -S -t $(LIMIT); export MP_ORDER=forward
-# The innermost two lines of mp.cu, without those of Matrix, load() and store()
+# The innermost two lines of mp.cu, without those of Matrix and of what it calls
 FIND = $(MAKE) -s $(X)/tests-asan >$(X)/asan 2>&1; \
   { (cd $(X); $(LIMITED) MP_THREADS=1; exec ./tests-asan $(ONLY) --out=/dev/null >/dev/null 2>asan); } 2>/dev/null; \
   sed -nE '/ERROR: Addr/,/^$$/s/^ *\#.* in (void )?([A-Za-z0-9_]+).*(mp.cu:[0-9]+).*/  \3, in \2/p' $(X)/asan | \
-    grep -Ev ' (Matrix|load|store)$$' | head -2 | grep . || echo "  not found"
+    grep -Ev ' (Matrix|load|store|auto|with_type)$$' | head -2 | grep . || echo "  not found"
 # All exercises begun in this checkout, or a row for each of several checkouts
 check-all:
 ifdef FOLDERS

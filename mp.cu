@@ -25,6 +25,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <numeric>
 #include <set>
 #include <sstream>
@@ -112,6 +113,12 @@ template <class T, int n> __device__ __forceinline__ void store(T* p, const floa
   UNROLL for (int j = 0; j < n; j++) round_to(packed.v[j], x[j]);
   *(Packed<T, n>*)p = packed;
 }
+// Looks at the type once, not at every access: calls f with a zero of that type, decltype(zero) in f.
+template <class F> __device__ __forceinline__ void with_type(Type type, F f) {
+  if (type == Type::fp32) f(0.f);
+  else if (type == Type::fp16) f(half{});
+  else f(bfloat16{});
+}
 // A tensor as a kernel sees it. Its type is known at run time only; all threads of a launch take the same branch.
 struct Matrix {
   void* data;
@@ -119,14 +126,10 @@ struct Matrix {
   int rows, cols, stride;  // the number at (row, col) is number row * stride + col
   template <class T> __device__ __forceinline__ T* as() const { return (T*)data; }
   template <int n> __device__ __forceinline__ void load(size_t i, float (&x)[n]) const {
-    if (type == Type::fp32) ::load(as<float>() + i, x);
-    else if (type == Type::fp16) ::load(as<half>() + i, x);
-    else ::load(as<bfloat16>() + i, x);
+    with_type(type, [&](auto zero) { ::load(as<decltype(zero)>() + i, x); });
   }
   template <int n> __device__ __forceinline__ void store(size_t i, const float (&x)[n]) const {
-    if (type == Type::fp32) ::store(as<float>() + i, x);
-    else if (type == Type::fp16) ::store(as<half>() + i, x);
-    else ::store(as<bfloat16>() + i, x);
+    with_type(type, [&](auto zero) { ::store(as<decltype(zero)>() + i, x); });
   }
   __device__ float operator()(int row, int col) const {
     float x[1];
@@ -136,14 +139,8 @@ struct Matrix {
   __device__ void set(int row, int col, float x) const { store(size_t(row) * stride + col, {x}); }
 };
 static Matrix matrix(const Tensor& t) { return {t.memory.get(), t.type, t.rows, t.cols, t.stride}; }
-// Asks for the type once, not at every access: calls f with a zero of that type, decltype(zero) in f.
-template <class F> __device__ __forceinline__ void with_type(Type type, F f) {
-  if (type == Type::fp32) f(0.f);
-  else if (type == Type::fp16) f(half{});
-  else f(bfloat16{});
-}
 
-// ==== 2.3 The architecture: one training step, boxes A to H ====
+// ==== 2.3 The architecture: one training step, boxes A to G ====
 void train_step(Mlp& net, const Batch& batch, LossScaler& scaler, float lr) {
   //{ train_step
   preprocess(net, batch, &scaler);                   // A B  pixels / 255, rounded to the compute type
@@ -161,29 +158,8 @@ void train_step(Mlp& net, const Batch& batch, LossScaler& scaler, float lr) {
 }
 
 // A kernel is the work of one thread. launch(kernel, blocks, threads, arguments...) runs it blocks x threads times; what a
-// thread works on follows from its number, here a row. Launches run in order; for a GPU the host does not wait.
-static dim3 blocks_of_rows(int rows) { return unsigned(rows + row_threads - 1) / row_threads; }
-
-// Boxes A and B. Images lie in device memory as bytes. StepState, there too, counts the steps: thus every step is
-// launched with the same arguments, and a GPU can replay it. Without a state (evaluation) a batch starts at row 0.
-__device__ __forceinline__ size_t sample_of(const Batch& batch, const StepState* state, int row) {
-  const int i = state ? state->position * batch.rows + row : row;
-  return size_t(batch.order ? batch.order[i] : i);
-}
-__global__ void one_hot_kernel(Batch batch, const StepState* state, Matrix y) {
-  const int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row >= batch.rows) return;
-  const int label = batch.labels[sample_of(batch, state, row)];
-  for (int i = 0; i < y.cols; i++) y.set(row, i, i == label);
-}
-__global__ void points_kernel(Batch batch, const StepState* state, Matrix a0, Matrix y) {  // no images: section 4.3
-  const int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row >= batch.rows) return;
-  const size_t sample = sample_of(batch, state, row);
-  for (int i = 0; i < a0.cols; i++) a0.set(row, i, batch.x[sample * a0.cols + i]);
-  for (int i = 0; i < y.cols; i++) y.set(row, i, batch.y[sample * y.cols + i]);
-}
-// Kernels with little to do take 8 numbers at a time: in 16 bits 16 bytes of memory, one access. n is a multiple of 8.
+// thread works on follows from its number. Launches run in order; for a GPU the host does not wait.
+// Kernels that do little for a number take 8 at a time, 16 bytes in 16 bits: one access to memory. n is a multiple of 8.
 // A block has elements_per_block of the n: on a GPU 8 for each of 256 threads, on a CPU all for one thread.
 struct Share {
   int begin, end, step;
@@ -192,14 +168,17 @@ __device__ __forceinline__ Share my_share(int n) {
   const int begin = int(blockIdx.x) * elements_per_block;
   return {begin + int(threadIdx.x) * 8, min(begin + elements_per_block, n), int(blockDim.x) * 8};
 }
-template <class... P, class... A> void launch_elements(void (*kernel)(P...), int n, A... args) {
-  launch(kernel, unsigned((n + elements_per_block - 1) / elements_per_block), element_threads, args...);
-}
-__global__ void pixels_kernel(Batch batch, const StepState* state, Matrix a0) {
+static unsigned blocks_for(int n) { return unsigned(n + elements_per_block - 1) / elements_per_block; }
+
+// Boxes A and B. Images lie in device memory as bytes. StepState, there too, counts the steps: thus every step is
+// launched with the same arguments, and a GPU can replay it. Without a state (evaluation) a batch starts at row 0.
+__global__ void preprocess_kernel(Batch batch, const StepState* state, Matrix a0, Matrix y) {
   const Share share = my_share(batch.rows * a0.stride);
   for (int i = share.begin; i < share.end; i += share.step) {
-    const int col = i % a0.stride, left = a0.cols - col;  // pixels of this row from here on
-    const uint8_t* const pixel = batch.pixels + sample_of(batch, state, i / a0.stride) * a0.cols + col;
+    const int row = i / a0.stride, col = i % a0.stride, left = a0.cols - col;  // pixels of this row from here on
+    const int place = state ? state->position * batch.rows + row : row;
+    const size_t sample = batch.order ? batch.order[place] : place;
+    const uint8_t* const pixel = batch.pixels + sample * a0.cols + col;
     float a[8] = {};
     if (left >= 8) {
       UNROLL for (int j = 0; j < 8; j++) a[j] = pixel[j] / 255.f;
@@ -207,18 +186,15 @@ __global__ void pixels_kernel(Batch batch, const StepState* state, Matrix a0) {
       for (int j = 0; j < left; j++) a[j] = pixel[j] / 255.f;
     }
     a0.store(i, a);
+    for (int j = 0; j < y.cols && col == 0 && batch.labels; j++) y.set(row, j, j == batch.labels[sample]);  // one-hot
   }
 }
 void preprocess(Mlp& net, const Batch& batch, const LossScaler* scaler) {
-  const Matrix a0 = matrix(net.layer[0].a), y = matrix(net.y);
+  const Matrix a0 = matrix(net.layer[0].a);
   const StepState* const state = scaler ? scaler->state.get() : nullptr;
   net.rows = batch.rows;
-  if (batch.x) {
-    launch(points_kernel, blocks_of_rows(batch.rows), row_threads, batch, state, a0, y);
-  } else {
-    launch_elements(pixels_kernel, batch.rows * a0.stride, batch, state, a0);
-    if (batch.labels) launch(one_hot_kernel, blocks_of_rows(batch.rows), row_threads, batch, state, y);
-  }
+  if (!batch.pixels) return;  // input and targets are there already (section 4.3)
+  launch(preprocess_kernel, blocks_for(batch.rows * a0.stride), element_threads, batch, state, a0, matrix(net.y));
 }
 
 // ==== 3.2 step 1: the parameters begin in fp32 ====
@@ -250,43 +226,38 @@ void initialise(Mlp& net) {
 // ==== 4.1 E1: the loss ====
 // E1 as the article has it, L = 1/2 sum (y - z)^2, and beside it softmax cross-entropy, L = -sum y log softmax(z) =
 // sum y (log sum exp(z) - z). In fp32 from the last layer's z, which has no f. Here L is the mean over a batch's rows.
-__global__ void loss_kernel(Loss kind, Matrix z, Matrix y, int rows, float* log_sum_exp, float* row_loss) {
-  const int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row >= rows) return;
-  float L = 0;
-  //{ E1 loss
-  if (kind == Loss::squared_error) {
-    for (int i = 0; i < z.cols; i++) L += 0.5f * (y(row, i) - z(row, i)) * (y(row, i) - z(row, i));
-  } else {
-    float largest = z(row, 0), sum = 0;  // subtracted, so that exp cannot overflow
-    for (int i = 1; i < z.cols; i++) largest = fmaxf(largest, z(row, i));
-    for (int i = 0; i < z.cols; i++) sum += expf(z(row, i) - largest);
-    log_sum_exp[row] = largest + logf(sum);
-    for (int i = 0; i < z.cols; i++)
-      if (y(row, i) != 0) L += y(row, i) * (log_sum_exp[row] - z(row, i));  // 0 times infinity would be NaN
-  }
-  //}
-  row_loss[row] = L;
-}
-// Sums are added in a fixed order, so that the same seed gives the same bits: here the 32 threads of one block add
-// every 32nd row each. Their sums meet in shared memory, which the block's threads share (launch_shared() says how many
-// bytes); at __syncthreads() they wait for each other.
-__global__ void mean_kernel(const float* row_loss, int rows, StepState* state) {
-  float* const part = dynamic_shared<float>();  // [32]
+// Sums are added in a fixed order, so that the same seed gives the same bits: here the threads of one block take every
+// loss_threads-th row each. Their sums meet in shared memory, which the block's threads share (launch_shared() says how
+// many bytes); at __syncthreads() they wait for each other.
+__global__ void loss_kernel(Loss kind, Matrix z, Matrix y, int rows, float* log_sum_exp, StepState* state) {
+  float* const part = dynamic_shared<float>();  // [loss_threads]
   const int thread = threadIdx.x;
-  float sum = 0;
-  for (int row = thread; row < rows; row += 32) sum += row_loss[row];
-  part[thread] = sum;
+  float total = 0;
+  for (int row = thread; row < rows; row += loss_threads) {
+    float L = 0;
+    //{ E1 loss
+    if (kind == Loss::squared_error) {
+      for (int i = 0; i < z.cols; i++) L += 0.5f * (y(row, i) - z(row, i)) * (y(row, i) - z(row, i));
+    } else {
+      float largest = z(row, 0), sum = 0;  // subtracted, so that exp cannot overflow
+      for (int i = 1; i < z.cols; i++) largest = fmaxf(largest, z(row, i));
+      for (int i = 0; i < z.cols; i++) sum += expf(z(row, i) - largest);
+      log_sum_exp[row] = largest + logf(sum);
+      for (int i = 0; i < z.cols; i++)
+        if (y(row, i) != 0) L += y(row, i) * (log_sum_exp[row] - z(row, i));  // 0 times infinity would be NaN
+    }
+    //}
+    total += L;
+  }
+  part[thread] = total;
   __syncthreads();
   if (thread > 0) return;
-  for (int i = 1; i < 32; i++) sum += part[i];
-  state->loss = sum / float(rows);
+  for (int i = 1; i < min(rows, loss_threads); i++) total += part[i];
+  state->loss = total / float(rows);
 }
 void loss(Mlp& net, LossScaler& scaler) {
-  float* const row_loss = net.row_loss.as<float>();
-  launch(loss_kernel, blocks_of_rows(net.rows), row_threads, net.loss, matrix(net.layer[net.L].a), matrix(net.y),
-         net.rows, net.log_sum_exp.as<float>(), row_loss);
-  launch_shared(mean_kernel, 1, 32, 32 * sizeof(float), row_loss, net.rows, scaler.state.get());
+  launch_shared(loss_kernel, 1, loss_threads, loss_threads * sizeof(float), net.loss, matrix(net.layer[net.L].a),
+                matrix(net.y), net.rows, net.log_sum_exp.as<float>(), scaler.state.get());
 }
 
 // ==== 4.2.1 E2: forward, z = a W^T + b, a = f(z) ====
@@ -320,7 +291,8 @@ __global__ void output_delta_kernel(Loss kind, Matrix z, Matrix y, int rows, con
 }
 void output_delta(Mlp& net, const LossScaler& scaler) {
   const Layer& last = net.layer[net.L];
-  launch(output_delta_kernel, blocks_of_rows(net.rows), row_threads, net.loss, matrix(last.a), matrix(net.y), net.rows,
+  const dim3 blocks = unsigned(net.rows + row_threads - 1) / row_threads;
+  launch(output_delta_kernel, blocks, row_threads, net.loss, matrix(last.a), matrix(net.y), net.rows,
          net.log_sum_exp.as<float>(), scaler.state.get(), matrix(last.delta));
 }
 
@@ -459,8 +431,10 @@ template <int BM, int BN> __global__ void __launch_bounds__(tiled_threads(BM, BN
   float* const b_tile = a_tile + BK * BM;                                                 // [BK][BN]
   const int m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, k0 = blockIdx.z * p.k_per_split;  // where the block begins,
   const int M_left = p.M - m0, N_left = p.N - n0;                                         // and what is left from there
-  const int m_thread = int(threadIdx.x) % (BM / thread_tile.M) * thread_tile.M;
+  const int m_thread = int(threadIdx.x) % (BM / thread_tile.M) * (thread_tile.M / TM_parts);
   const int n_thread = int(threadIdx.x) / (BM / thread_tile.M) * thread_tile.N;
+  // Row i of a register tile. A GPU's lie in two runs of 4, so that neighbours read neighbours: no bank of memory twice.
+  const auto row = [](int i) { return i % (TM / TM_parts) + i / (TM / TM_parts) * (BM / TM_parts); };
   size_t A = layout == Layout::AtB ? size_t(k0) * p.A.stride + m0 : size_t(m0) * p.A.stride + k0;  // the tiles'
   size_t B = layout == Layout::ABt ? size_t(n0) * p.B.stride + k0 : size_t(k0) * p.B.stride + n0;  // first numbers
   Vector sum[register_tiles][TM][vectors] = {};
@@ -477,9 +451,10 @@ template <int BM, int BN> __global__ void __launch_bounds__(tiled_threads(BM, BN
       Vector c[TM][vectors];  // in registers
       UNROLL for (int i = 0; i < TM; i++) UNROLL for (int j = 0; j < vectors; j++) c[i][j] = sum[tile][i][j];
       for (int k = 0; k < min(K_left, BK); k++) {
-        const Column& a = *(const Column*)(a_tile + k * BM + m);
+        const float* const a = a_tile + k * BM + m;
         const Vector* const b = (const Vector*)(b_tile + k * BN + n);
-        UNROLL for (int i = 0; i < TM; i++) UNROLL for (int j = 0; j < vectors; j++) add_product(c[i][j], a.v[i], b[j]);
+        UNROLL for (int i = 0; i < TM; i++) UNROLL for (int j = 0; j < vectors; j++)
+            add_product(c[i][j], a[row(i)], b[j]);
       }
       UNROLL for (int i = 0; i < TM; i++) UNROLL for (int j = 0; j < vectors; j++) sum[tile][i][j] = c[i][j];
     }
@@ -491,7 +466,7 @@ template <int BM, int BN> __global__ void __launch_bounds__(tiled_threads(BM, BN
   with_type(p.A.type, [&](auto zero) {
     for (int tile = 0; tile < register_tiles; tile++)
       UNROLL for (int i = 0; i < TM; i++) UNROLL for (int j = 0; j < TN; j += 8) {
-        const int m = m_thread + tile % down * TM + i, n = n_thread + tile / down * TN + j;
+        const int m = m_thread + tile % down * TM + row(i), n = n_thread + tile / down * TN + j;
         float c[8];
         UNROLL for (int e = 0; e < 8; e++) c[e] = element(sum[tile][i][j / vector_width], j % vector_width + e);
         if (m < M_left && n < N_left) epilogue<decltype(zero)>(p, m0 + m, n0 + n, c);
@@ -505,20 +480,20 @@ template <int BM, int BN> __global__ void __launch_bounds__(tiled_threads(BM, BN
 //
 // A tile is panels of 64 x 64 numbers, in rows of 128 bytes, eight chunks of 16 bytes each. Chunk c of row r lies at
 // c ^ (r % 8). So the same chunk of eight rows, which ldmatrix reads at once, lies in 32 banks, which are read together.
-constexpr int mma_threads = 128, mma_BK = 64;
+constexpr int mma_threads = 128, mma_BK = 64, stages = 3;
 __device__ __forceinline__ int swizzle(int row, int chunk) { return row * 64 + (chunk ^ (row & 7)) * 8; }
 
 // rows x 64 numbers from g on. k_contiguous: neighbours in memory differ in k, as for A in A B^T; else rows do.
 template <bool k_contiguous, int rows, class T>
 __device__ __forceinline__ void load_tile(T* tile, const T* g, int stride, int rows_left, int K_left) {
-  UNROLL for (int n = 0; n < rows * 8 / mma_threads; n++) {
-    const int i = n * mma_threads + int(threadIdx.x), panel = i / 512 * 64, r = i / 8 % 64, chunk = i % 8;
-    const int y = k_contiguous ? panel + r : r, x = (k_contiguous ? 0 : panel) + chunk * 8;  // in the stored matrix
-    const int y_left = (k_contiguous ? rows_left : K_left) - y, x_left = (k_contiguous ? K_left : rows_left) - x;
-    const bool inside = y_left > 0 && x_left > 0;
-    const T* const from = g + (inside ? y * stride + x : 0);
-    copy_16_bytes_async(tile + panel * 64 + swizzle(r, chunk), from, inside ? min(x_left, 8) * 2 : 0);
-  }
+  for (int panel = 0; panel < rows; panel += 64) UNROLL for (int n = 0; n < 64 * 8 / mma_threads; n++) {
+      const int r = (n * mma_threads + int(threadIdx.x)) / 8, chunk = threadIdx.x % 8;
+      const int y = k_contiguous ? panel + r : r, x = (k_contiguous ? 0 : panel) + chunk * 8;  // in the stored matrix
+      const int y_left = (k_contiguous ? rows_left : K_left) - y, x_left = (k_contiguous ? K_left : rows_left) - x;
+      const bool inside = y_left > 0 && x_left > 0;
+      const T* const from = g + (inside ? y * stride + x : 0);
+      copy_16_bytes_async(tile + panel * 64 + swizzle(r, chunk), from, inside ? min(x_left, 8) * 2 : 0);
+    }
 }
 // 16 x 16 numbers of a tile, from (row, k) on, as four 8x8 matrices: lanes 8 i to 8 i + 7 bring the addresses of the rows
 // of matrix i, and r[i] becomes the lane's two numbers of it. mma wants the four of its operands in these orders:
@@ -535,7 +510,7 @@ __device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const T* tile, i
   ldmatrix_x4<!k_contiguous>(r, panel + (k_contiguous ? swizzle(y + j, x / 8) : swizzle(x + j, y / 8)));
 }
 // Four warps, two by two; each computes BM/2 x BN/2 results in pieces of 16 x 8.
-template <Layout layout, class T, int BM, int BN, int stages> __global__ void __launch_bounds__(mma_threads)
+template <Layout layout, class T, int BM, int BN> __global__ void __launch_bounds__(mma_threads)
     gemm_mma_kernel(Product p) {
   constexpr bool a_contiguous = layout != Layout::AtB, b_contiguous = layout == Layout::ABt;  // along k
   constexpr int MS = BM / 32, NS = BN / 32, tile_size = (BM + BN) * mma_BK;  // MS x NS squares of 16 x 16 for a warp
@@ -610,7 +585,7 @@ static void launch_tiles(void (*kernel)(Product), Product p, TileSize tile, int 
   const int results = p.M * p.C.stride;
   if (grid.z > 1) p.workspace = workspace_of(size_t(grid.z) * results);
   launch_shared(kernel, grid, threads, shared_bytes, p);
-  if (grid.z > 1) launch_elements(split_k_reduce_kernel, results, p, int(grid.z));
+  if (grid.z > 1) launch(split_k_reduce_kernel, blocks_for(results), element_threads, p, int(grid.z));
 }
 static Product product(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
   Product p = {};
@@ -629,8 +604,7 @@ static Product product(Layout layout, const Tensor& A, const Tensor& B, const Te
   const bool bias_fits = !e.bias || (p.bias.cols == p.N && p.bias.type == A.type);
   const bool mask_fits = !e.mask || (p.mask.rows >= p.M && p.mask.cols == p.N && p.mask.type == A.type);
   if (!a_fits || !b_fits || !bias_fits || !mask_fits || p.K < 1 || A.type != B.type)
-    fail("a matrix product of [%d, %d] and [%d, %d] into [%d, %d]: sizes or types of operands, bias or mask do not fit",
-         A.rows, A.cols, B.rows, B.cols, C.rows, C.cols);
+    fail("a matrix product: sizes or types of the operands, the bias or the mask do not fit each other");
   return p;
 }
 void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
@@ -648,17 +622,16 @@ void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
   if (large) launch_tiled<large_tile.M, large_tile.N>(p, splits);
   else launch_tiled<small_tile.M, small_tile.N>(p, splits);
 }
-bool tensor_cores(Type type) {
-  return (type == Type::fp16 && compute_capability() >= 75) || (type == Type::bf16 && compute_capability() >= 80);
-}
-template <Layout layout, class T, int BM, int BN, int stages> static void launch_mma(const Product& p, int splits) {
-  launch_tiles(gemm_mma_kernel<layout, T, BM, BN, stages>, p, {BM, BN}, mma_BK, mma_threads,
+bool tensor_cores(Type type) { return type == Type::fp16 || (type == Type::bf16 && bf16_tensor_cores()); }
+template <Layout layout, class T, int BM, int BN> static void launch_mma(const Product& p, int splits) {
+  launch_tiles(gemm_mma_kernel<layout, T, BM, BN>, p, {BM, BN}, mma_BK, mma_threads,
                (BM + BN) * mma_BK * stages * sizeof(T), splits);
 }
-// 2 or 3 stages: 48 KiB of shared memory either way
+// Large tiles need 96 KiB of shared memory, which a block may have from sm_80 on, and results for every multiprocessor.
 template <Layout layout, class T> static void launch_mma(const Product& p, int splits) {
-  if (int64_t(p.M) * p.N >= int64_t(multiprocessors()) * 128 * 64) launch_mma<layout, T, 128, 64, 2>(p, splits);
-  else launch_mma<layout, T, 64, 64, 3>(p, splits);
+  const bool enough = int64_t(p.M) * p.N >= int64_t(multiprocessors()) * 128 * 128;
+  if (enough && max_shared_bytes() >= 96 * 1024) launch_mma<layout, T, 128, 128>(p, splits);
+  else launch_mma<layout, T, 64, 64>(p, splits);
 }
 template <class T> static void launch_mma(const Product& p, int splits) {
   if (p.layout == Layout::ABt) launch_mma<Layout::ABt, T>(p, splits);
@@ -667,18 +640,18 @@ template <class T> static void launch_mma(const Product& p, int splits) {
 }
 void gemm_mma(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e, int splits) {
   const Product p = product(layout, A, B, C, e);
-  if (!tensor_cores(A.type)) fail("tensor cores multiply fp16 from sm_75 on, bf16 from sm_80 on; gemm_tiled all types");
+  if (!tensor_cores(A.type)) fail("tensor cores multiply fp16, from sm_80 on bf16; gemm_tiled all types");
   if (A.type == Type::fp16) launch_mma<half>(p, splits);
   else launch_mma<bfloat16>(p, splits);
 }
-// The rung that training climbs to.
+// The rung that training uses.
 void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
   static const char* const wanted = std::getenv("MP_GEMM");
   static const std::string rung = wanted ? wanted : real_tensor_cores ? "mma" : "tiled";
   if (rung == "naive") gemm_naive(layout, A, B, C, e);
   else if (rung == "mma" && tensor_cores(A.type)) gemm_mma(layout, A, B, C, e);
   else if (rung == "mma" || rung == "tiled") gemm_tiled(layout, A, B, C, e);
-  else fail("MP_GEMM=%s: must be naive, tiled or mma", wanted);
+  else fail("MP_GEMM=" + rung + ": must be naive, tiled or mma");
 }
 
 // ==== 3.1 Loss scaling ====
@@ -693,8 +666,18 @@ __device__ __forceinline__ bool unscale(float& gradient, float inverse_scale) { 
   return finite;
 }
 __device__ __forceinline__ bool is_finite(float gradient) { return unscale(gradient, 1); }
-// All gradients are looked at before update_kernel unscales any: one that is not finite stops the whole update.
-__global__ void check_kernel(Matrix gradients, StepState* state) {
+struct Parameters {  // of a layer, all [1, n]; no data in those that the update's rule does not keep
+  Matrix master, weights, compensation, gradients;
+};
+// A launch for all layers: blockIdx.y counts them. Those smaller than the largest have blocks with nothing to do.
+template <class... P, class... A> static void launch_layers(void (*kernel)(P...), const Mlp& net, A... args) {
+  int largest = 0;
+  for (const Layer& layer : net.layer) largest = std::max(largest, layer.weights.cols);
+  launch(kernel, dim3(blocks_for(largest), net.L), element_threads, net.parameters.get(), args...);
+}
+// All gradients are checked before update_kernel unscales any: one that is not finite stops the whole update.
+__global__ void check_kernel(const Parameters* layers, StepState* state) {
+  const Matrix gradients = layers[blockIdx.y].gradients;
   int found_inf[8] = {};
   const Share share = my_share(gradients.cols);
   for (int i = share.begin; i < share.end; i += share.step) {
@@ -705,12 +688,7 @@ __global__ void check_kernel(Matrix gradients, StepState* state) {
   for (int j = 0; j < 8; j++)
     if (found_inf[j]) atomicOr(&state->found_inf, 1);
 }
-void unscale_and_check(Mlp& net, LossScaler& scaler) {
-  for (int l = 1; l <= net.L; l++) {
-    const Tensor& gradients = net.layer[l].gradients;
-    launch_elements(check_kernel, gradients.cols, matrix(gradients), scaler.state.get());
-  }
-}
+void unscale_and_check(Mlp& net, LossScaler& scaler) { launch_layers(check_kernel, net, scaler.state.get()); }
 
 // As torch.amp.GradScaler.update(): a smaller scale after inf or NaN, a larger one after `interval` finite steps.
 __global__ void scaler_kernel(StepState* state, StepRecord* history, float growth, float backoff, int interval) {
@@ -780,14 +758,12 @@ __device__ __forceinline__ float stochastic(bfloat16, float x, uint64_t random) 
   return to_float(stochastic_bfloat16(x, random));
 }
 
-struct Parameters {  // of a layer, all [1, n]; no data in those that the rule does not keep
-  Matrix master, weights, compensation, gradients;
-};
-__global__ void update_kernel(Update rule, Parameters p, float lr, uint64_t seed, const StepState* state) {
+__global__ void update_kernel(const Parameters* layers, Update rule, float lr, uint64_t seed, const StepState* state) {
   if (state->found_inf) return;  // one bad gradient skips the whole step
+  const Parameters p = layers[blockIdx.y];
   const Share share = my_share(p.weights.cols);
   const float inverse_scale = float(1 / double(state->scale));  // as GradScaler does
-  const uint64_t step_seed = random_bits(seed, state->step);
+  const uint64_t step_seed = random_bits(random_bits(seed, gridDim.y + blockIdx.y + 1), state->step);
   with_type(p.weights.type, [&](auto zero) {
     using T = decltype(zero);
     float* const master = p.master.as<float>();
@@ -827,13 +803,7 @@ __global__ void update_kernel(Update rule, Parameters p, float lr, uint64_t seed
   });
 }
 void update(Mlp& net, LossScaler& scaler, float lr) {
-  for (int l = 1; l <= net.L; l++) {
-    const Layer& layer = net.layer[l];
-    const Parameters p = {matrix(layer.master), matrix(layer.weights), matrix(layer.compensation),
-                          matrix(layer.gradients)};
-    launch_elements(update_kernel, layer.weights.cols, net.update, p, lr, random_bits(net.seed, net.L + l),
-                    scaler.state.get());
-  }
+  launch_layers(update_kernel, net, net.update, lr, net.seed, scaler.state.get());
 }
 
 // ==== Device memory, and a network in it ====
@@ -844,20 +814,8 @@ using std::shared_ptr;
 using std::string;
 using std::to_string;
 using std::vector;
-static string printable(string text) {  // names may hold line ends, and what moves a terminal's cursor
-  for (char& c : text)
-    if (iscntrl(uint8_t(c))) c = '?';
-  return text;
-}
-void fail(const char* words, ...) {
-  char text[1000];
-  va_list arguments;
-  va_start(arguments, words);
-  vsnprintf(text, sizeof text, words, arguments);
-  va_end(arguments);
-  throw Error(printable(text));
-}
-[[noreturn]] static void fail_in(const string& file, const string& what) { fail("%s: %s", file.c_str(), what.c_str()); }
+void fail(const string& text) { throw Error(text); }
+[[noreturn]] static void fail_in(const string& file, const string& what) { fail(file + ": " + what); }
 __attribute__((format(printf, 1, 2))) static string format(const char* words, ...) {
   char text[1000];
   va_list arguments;
@@ -867,17 +825,19 @@ __attribute__((format(printf, 1, 2))) static string format(const char* words, ..
   return text;
 }
 
-void check(cudaError_t error, const char* call, const char* file, int line) {
-  if (error != cudaSuccess)
-    fail("the device failed: %s (%s:%d: %s); --resume goes on", cudaGetErrorString(error), file, line, call);
+void check(cudaError_t error, const char* call, const char* file, int line) {  // a kernel's error: at a later call
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // takes the error away; the next launch would report it again
+  fail(
+      format("the device failed: %s (%s:%d: %s); continue with --resume", cudaGetErrorString(error), file, line, call));
 }
 template <class T> static shared_ptr<T> device_array(size_t count) {  // of zeros
   size_t bytes = max(count * sizeof(T), size_t(1));
   void* memory = nullptr;
   const cudaError_t error = cudaMalloc(&memory, bytes);
   if (error == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // takes the error away; the next launch would report it again
-    fail("out of memory: no room for another %.1f MiB; make --batch or --layers smaller", double(bytes) / (1 << 20));
+    cudaGetLastError();
+    fail(format("out of memory: no room for %.1f MiB more; make --batch or --layers smaller", bytes / 1048576.));
   }
   CUDA_CHECK(error);
   CUDA_CHECK(cudaMemset(memory, 0, bytes));
@@ -901,7 +861,7 @@ static float* workspace_of(size_t count) {
 static int padded(int cols) { return (cols + 7) / 8 * 8; }
 Tensor make_tensor(int rows, int cols, Type type) {
   if (rows < 1 || cols < 1 || (int64_t(cols) + 7) * rows > 1 << 30)  // kernels index with ints
-    fail("[%d, %d] is no size for a tensor: both at least 1, and at most 2^30 numbers in all", rows, cols);
+    fail(format("[%d, %d] is no size for a tensor: both at least 1, and at most 2^30 numbers in all", rows, cols));
   Tensor t{rows, cols, padded(cols), type, nullptr};
   t.memory = device_array<char>(t.bytes());
   return t;
@@ -928,7 +888,7 @@ vector<float> to_host(const Tensor& t) {
 }
 void to_device(const vector<float>& values, const Tensor& t) {
   if (values.size() != size_t(t.rows) * t.cols)
-    fail("%zu numbers do not fill a tensor of [%d, %d]", values.size(), t.rows, t.cols);
+    fail(format("%zu numbers do not fill a tensor of [%d, %d]", values.size(), t.rows, t.cols));
   vector<char> raw(t.bytes());
   for (size_t n = 0; n < values.size(); n++) {
     size_t i = n / t.cols * t.stride + n % t.cols;
@@ -941,6 +901,7 @@ void to_device(const vector<float>& values, const Tensor& t) {
 
 // Makes the tensors of each layer anew, in its type. The compute copies are the masters, rounded.
 void set_types(Mlp& net, const vector<Type>& types) {
+  vector<Parameters> parameters;
   for (int l = 0; l <= net.L; l++) {
     Layer& layer = net.layer[l];
     int out = layer.a.cols;
@@ -959,11 +920,14 @@ void set_types(Mlp& net, const vector<Type>& types) {
     layer.b = part_of(layer.weights, W_size, 1, out);
     layer.dW = part_of(layer.gradients, 0, out, in);
     layer.db = part_of(layer.gradients, W_size, 1, out);
+    parameters.push_back(
+        {matrix(layer.master), matrix(layer.weights), matrix(layer.compensation), matrix(layer.gradients)});
   }
+  net.parameters = on_device(parameters);
 }
 Mlp make_mlp(const vector<int>& sizes, int batch, Type type, Update update) {
   if (sizes.size() < 2) fail("a network needs at least an input and an output layer");
-  if (type == Type::fp32 && update != Update::master) fail("fp32 weights lose nothing in an update: master is theirs");
+  if (type == Type::fp32 && update != Update::master) fail("fp32 weights lose nothing to rounding: use Update::master");
   Mlp net;
   net.L = int(sizes.size()) - 1;
   net.batch = net.rows = batch;
@@ -973,11 +937,10 @@ Mlp make_mlp(const vector<int>& sizes, int batch, Type type, Update update) {
     net.layer[l].a.cols = sizes[l];
     int64_t in = sizes[max(l - 1, 0)];  // kernels index with ints, and a CUDA grid is 65535 high
     if (l > 0 && ((in + 8) * sizes[l] > 1 << 30 || max(sizes[l], batch) > 1000000))
-      fail("%d x %d weights, batch %d: too many; make --layers or --batch smaller", sizes[l], int(in), batch);
+      fail(format("%d x %d weights, batch %d: too many; make --layers or --batch smaller", sizes[l], int(in), batch));
   }
   set_types(net, vector<Type>(net.L, type));
   net.y = make_tensor(batch, sizes.back(), Type::fp32);
-  net.row_loss = make_tensor(1, batch, Type::fp32);
   net.log_sum_exp = make_tensor(1, batch, Type::fp32);
   return net;
 }
@@ -1118,29 +1081,25 @@ static void set_types(Mlp& net) {
 // SGD 0.01, 100 epochs, a GradScaler. The data that it leaves undefined are points of y = x^2 on [-1, 1]. Without an
 // activation, as the article writes it, the network is one linear map, and the best line through this parabola is flat.
 static vector<float> learn_parabola(bool relu) {  // the loss of each epoch
-  int n = 256, rows = 4, epochs = 100;
-  vector<float> x, y, losses;
-  vector<int> order;
-  for (int i = 0; i < n; i++) {
-    x.push_back(-1 + 2 * (i + 0.5f) / n);
-    y.push_back(x[i] * x[i]);
-  }
-  for (int i = 0; i < n * epochs; i++) order.push_back(i * 101 % n);  // each epoch has every point once, well mixed
+  int points = 256, rows = 4, epochs = 100;
   Mlp net = make_mlp({1, 5, 1}, rows, Type::fp16, Update::master);
   net.relu = relu;
   net.loss = Loss::squared_error;
   initialise(net);
   LossScaler scaler;
-  auto x_device = on_device(x), y_device = on_device(y);
-  auto order_device = on_device(order);
-  const Batch batch{nullptr, nullptr, x_device.get(), y_device.get(), order_device.get(), rows};
-  for (int epoch = 0; epoch < epochs; epoch++) {
-    double sum = 0;
-    for (int step = 0; step < n / rows; step++) {
-      train_step(net, batch, scaler, 0.01f);
-      sum += scaler.read().loss;
+  Batch batch;
+  batch.rows = rows;
+  vector<float> x(rows), y(rows), losses(epochs);
+  for (int step = 0; step < epochs * points / rows; step++) {
+    for (int i = 0; i < rows; i++) {
+      int point = (step * rows + i) * 101 % points;  // each epoch has every point once, well mixed
+      x[i] = -1 + 2 * (point + 0.5f) / points;
+      y[i] = x[i] * x[i];
     }
-    losses.push_back(float(sum / (n / rows)));
+    to_device(x, net.layer[0].a);
+    to_device(y, net.y);
+    train_step(net, batch, scaler, 0.01f);
+    losses[step * rows / points] += scaler.read().loss / (points / rows);
   }
   return losses;
 }
@@ -1161,8 +1120,8 @@ static void article() {
 // ==== 5.1 Data: sheets of digits, or MNIST's four files ====
 using Bytes = vector<uint8_t>;
 Bytes read_file(const string& path) {
-  if (!fs::is_regular_file(path)) fail_in(path, "No such file, or a folder, a device or a pipe; check the name");
-  if (fs::file_size(path) > INT_MAX) fail_in(path, "more than 2 GB; name another");
+  if (!fs::is_regular_file(path)) fail_in(path, "no such file, or a folder, device or pipe: check the name");
+  if (fs::file_size(path) > INT_MAX) fail_in(path, "larger than 2 GB: name another");
   Bytes bytes(fs::file_size(path));
   if (!std::ifstream(path, std::ios::binary).read((char*)bytes.data(), long(bytes.size())))
     fail_in(path, format("cannot be read: %s", strerror(errno)));
@@ -1171,10 +1130,8 @@ Bytes read_file(const string& path) {
 // Where a link leads. Fails if no file can be saved there: before training, rather than after an hour of it.
 static string check_writable(const string& path) {
   fs::path target = fs::weakly_canonical(fs::absolute(path));
-  while (fs::is_symlink(fs::symlink_status(target)))  // to a file that is not there yet
-    target = fs::weakly_canonical(target.parent_path() / fs::read_symlink(target));
   bool old = fs::exists(target);
-  if (old && !fs::is_regular_file(target)) fail_in(path, "a folder, a device or a pipe; name a file to save to");
+  if (old && !fs::is_regular_file(target)) fail_in(path, "is a folder, device or pipe: name a file to save to");
   if (access(target.parent_path().c_str(), W_OK | X_OK) != 0 || (old && access(target.c_str(), W_OK) != 0))
     fail_in(path, format("cannot be saved: %s; make its folder first, or save elsewhere", strerror(errno)));
   return target.string();
@@ -1225,8 +1182,8 @@ static Decoded read_picture(const string& path, int channels) {  // a PNG or JPE
   int size = int(file.size());
   int width = 0, height = 0, found = 0;
   if (size > 1 && file[0] == 0xff && file[1] == 0xd8) check_jpeg(path, file);
-  else if (size < 1 || file[0] != 0x89) fail_in(path, "this is no PNG or JPEG");
-  if (!stbi_info_from_memory(file.data(), size, &width, &height, &found)) fail_in(path, "this is no PNG or JPEG");
+  else if (size < 1 || file[0] != 0x89) fail_in(path, "not a PNG or JPEG");
+  if (!stbi_info_from_memory(file.data(), size, &width, &height, &found)) fail_in(path, "not a PNG or JPEG");
   double pixels = double(width) * height;
   if (pixels > 100e6) fail_in(path, format("%d x %d pixels are more than 100 million", width, height));
   // A JPEG has at least a bit for 8 x 8 pixels, a PNG a bit for each, of which deflate packs at most 1032 into one.
@@ -1241,7 +1198,7 @@ static Images read_sheet(const string& path) {
   Decoded sheet = read_picture(path, 1);
   int side = sheet.width / 100;
   if (side == 0 || sheet.width % 100 != 0 || sheet.height % side != 0)
-    fail_in(path, format("%d x %d pixels are no rows of 100 square tiles", sheet.width, sheet.height));
+    fail_in(path, format("%d x %d pixels do not divide into rows of 100 square tiles", sheet.width, sheet.height));
   Images images;
   images.count = sheet.height / side * 100;
   images.pixels = side * side;
@@ -1273,7 +1230,7 @@ static Bytes read_idx(const string& path, vector<uint32_t>& size) {
   if (file.size() > 18 && file[0] == 0x1f && file[1] == 0x8b) file = gunzip(path, file);
   size_t header = 4 + 4 * size.size();
   if (file.size() < header || file[0] != 0 || file[1] != 0 || file[3] != size.size())
-    fail_in(path, format("no idx file of %zu dimensions; get it again (`make mnist`)", size.size()));
+    fail_in(path, format("not an idx file of %zu dimensions; get it again (`make mnist`)", size.size()));
   if (file[2] != 8) fail_in(path, format("holds %s, not bytes", file[2] > 12 ? "floats" : "other whole numbers"));
   double promised = 1;  // exact up to 2^53, and no file is larger
   for (size_t i = 0; i < size.size(); i++) {
@@ -1287,21 +1244,18 @@ static Bytes read_idx(const string& path, vector<uint32_t>& size) {
 }
 // The first file of the folder, in alphabetical order, whose name begins so; "" if there is none
 static string find_file(const string& folder, const string& beginning) {
-  string first;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    string path = entry.path().string();
-    bool fits = entry.is_regular_file() && entry.path().filename().string().rfind(beginning, 0) == 0;
-    if (fits && (first.empty() || path < first)) first = path;
-  }
-  return first;
+  std::set<string> found;
+  std::error_code no_folder;
+  for (const auto& entry : fs::directory_iterator(folder, no_folder))
+    if (entry.path().filename().string().rfind(beginning, 0) == 0) found.insert(entry.path().string());
+  return found.empty() ? "" : *found.begin();
 }
-static const char sought[] =
-    "mp reads train.png and test.png, or files that begin with train-images, train-labels, t10k-images, t10k-labels; "
-    "`make digits` draws the former into data/, `make mnist` downloads the latter into build/mnist";
 static Images read_mnist(const string& folder, const string& set) {
   string images_path = find_file(folder, set + "-images"), labels_path = find_file(folder, set + "-labels");
   if (images_path.empty() || labels_path.empty())
-    fail_in(folder, format("%s-images or %s-labels is missing: %s", set.c_str(), set.c_str(), sought));
+    fail_in(folder,
+            "holds neither train.png and test.png (`make digits` draws them into data/) nor files that begin with "
+            "train-images, train-labels, t10k-images and t10k-labels (`make mnist` downloads them into build/mnist)");
   vector<uint32_t> size(3), labels(1);
   Images images;
   images.pixel = read_idx(images_path, size);
@@ -1315,34 +1269,32 @@ static Images read_mnist(const string& folder, const string& set) {
   return images;
 }
 Dataset load_dataset(const string& folder) {
-  if (!fs::is_directory(folder)) fail_in(folder, format("there is no such folder; %s", sought));
   string train = folder + "/train.png", test = folder + "/test.png";
   Dataset data;
-  if (fs::exists(train) != fs::exists(test)) fail_in(folder, string("train.png or test.png is missing: ") + sought);
-  if (fs::exists(train)) {
+  if (fs::exists(train) || fs::exists(test)) {
     data = {read_sheet(train), read_sheet(test), "sheets " + train + ", " + test};
     if (!find_file(folder, "train-images").empty()) data.what += " (MNIST's files are there too; the sheets win)";
   } else {
     data = {read_mnist(folder, "train"), read_mnist(folder, "t10k"), "MNIST's files in " + folder};
   }
   if (data.train.pixels != data.test.pixels)
-    fail_in(folder, format("images of %d and of %d pixels; take one kind", data.train.pixels, data.test.pixels));
+    fail_in(folder, format("training images of %d pixels, test images of %d: use one kind", data.train.pixels,
+                           data.test.pixels));
   return data;
 }
 
 // ==== 5.2 Checkpoints: safetensors, which PyTorch's users exchange ====
 // Eight bytes, the length of the header; the header, JSON; the numbers. Little-endian, as all of CUDA's machines are.
 // {"__metadata__": {"by": "mp"}, "0.weight": {"dtype": "F32", "shape": [128, 784], "data_offsets": [0, 401408]}}
-struct Header {  // reads that JSON: objects of objects, strings, lists of whole numbers
+struct Header {  // reads that JSON: objects of objects, strings, lists of whole numbers; takes , and : for white space
   const string& path;
   const char *at, *end;
-  std::set<std::pair<uint64_t, uint64_t>> ranges = {};  // of the tensors' bytes
-  uint64_t used = 0;                                    // the sum of these
+  uint64_t used = 0;  // bytes of all tensors so far
   [[noreturn]] void damaged(const string& how) {
     fail_in(path, format("damaged: %s, %td bytes before its header's end; save it again", how.c_str(), end - at));
   }
   char next() {  // 0 at the end
-    while (at < end && isspace(uint8_t(*at))) at++;
+    while (at < end && strchr(" \t\r\n,:", *at) && *at) at++;
     return at < end ? *at : '\0';
   }
   void expect(char c) {
@@ -1361,8 +1313,6 @@ struct Header {  // reads that JSON: objects of objects, strings, lists of whole
     vector<uint64_t> values;
     expect('[');
     while (next() != ']') {
-      if (!values.empty()) expect(',');
-      next();
       const auto [stop, error] = std::from_chars(at, end, values.emplace_back());
       if (error != std::errc()) damaged("no whole number");
       at = stop;
@@ -1372,14 +1322,11 @@ struct Header {  // reads that JSON: objects of objects, strings, lists of whole
   }
   // for (string key; header.member(key);) goes through an object, whose values are to be read in the loop
   bool member(string& key) {
-    if (next() == '{' || next() == ',') at++;
-    if (next() == '}') {
-      at++;
-      return false;
-    }
-    key = text();
-    expect(':');
-    return true;
+    if (next() == '{') at++;
+    bool more = next() == '"';
+    if (more) key = text();
+    else expect('}');
+    return more;
   }
 };
 // Its value stays empty where it is passed over: scalars, empty tensors and whole numbers are other programs' counters.
@@ -1394,7 +1341,6 @@ static SavedTensor read_tensor(Header& header, const string& name, const uint8_t
     else header.damaged("unknown " + key);
   }
   if (offsets.size() != 2 || offsets[0] > offsets[1] || offsets[1] > size) header.damaged("data_offsets of " + name);
-  header.ranges.emplace(offsets[0], offsets[1]);
   header.used += offsets[1] - offsets[0];
   if (header.used > size) header.damaged("overlapping tensors");  // many could ask for more memory than there is
   SavedTensor tensor{name, {shape.begin(), shape.end()}, {}};
@@ -1413,7 +1359,7 @@ SafeTensors read_safetensors(const string& path) {
   Bytes file = read_file(path);
   uint64_t length = 0;
   std::copy_n(file.begin(), min(file.size(), sizeof length), (uint8_t*)&length);
-  if (file.size() < 8 || length > file.size() - 8) fail_in(path, "no safetensors file, or cut short");
+  if (file.size() < 8 || length > file.size() - 8) fail_in(path, "not a safetensors file, or cut short");
   const uint8_t* numbers = file.data() + 8 + length;
   size_t size = file.size() - 8 - length;
   Header header{path, (const char*)file.data() + 8, (const char*)numbers};
@@ -1426,12 +1372,7 @@ SafeTensors read_safetensors(const string& path) {
     SavedTensor tensor = read_tensor(header, name, numbers, size);
     if (!tensor.value.empty()) result.tensors.push_back(tensor);
   }
-  uint64_t tiled = 0;
-  for (auto [begin, end] : header.ranges) {
-    if (begin != tiled) fail_in(path, "damaged: its tensors overlap, or leave a gap");
-    tiled = end;
-  }
-  if (tiled != size || header.next() != 0) fail_in(path, "damaged: there is more in it than its tensors");
+  if (header.used != size || header.next() != 0) header.damaged("there is more in it than its tensors");
   return result;
 }
 template <class T> static string joined(const vector<T>& items) {  // 784,128,10
@@ -1461,7 +1402,13 @@ namespace {
 struct UsageError : Error {  // main() ends with 2
   using Error::Error;
 };
-[[noreturn]] void misuse(const string& text) { throw UsageError(printable(text)); }
+[[noreturn]] void misuse(const string& text) { throw UsageError(text); }
+int complain(string text) {  // in one line; returns the program's exit status
+  for (char& c : text)
+    if (iscntrl(uint8_t(c))) c = '?';  // names may hold line ends, and what moves a terminal's cursor
+  fprintf(stderr, "mp: %s\n", text.c_str());
+  return 1;
+}
 struct Options {
   std::map<string, string> text;  // of every option: the table's, a checkpoint's or the command line's
   vector<string> given, files;    // options of the command line; its words that are none
@@ -1487,23 +1434,23 @@ const char techniques[] = "train histogram checkpoint";  // compare tries them a
 const Option option_table[] = {
     {"data", "DIR", "data", "sheets train.png and test.png, or MNIST's four files", "train test compare histogram"},
     {"layers", "N,N,...", "784,128,10", "sizes: pixels, hidden layers, classes", trainings},
-    {"precision", "fp32|fp16|bf16|auto", "fp16", "storage of all but masters, sums, loss; auto: by layer", techniques},
-    {"update", "master|half|kahan|stochastic", "master", "how w - lr g is added up", techniques},
+    {"precision", "fp32|fp16|bf16|auto", "fp16", "storage type; masters, sums, loss stay fp32; auto: per layer",
+     techniques},
+    {"update", "master|half|kahan|stochastic", "master", "how w - lr g is computed and stored", techniques},
     {"loss-scale", "dynamic|N", "dynamic", "what multiplies the loss gradient (fp32, bf16: 1)", techniques},
     {"scale-init", "N", "65536", "the dynamic scale's first value", trainings},
     {"growth-interval", "N", "2000", "finite steps until it doubles", trainings},
     {"loss", "xent|mse", "xent", "softmax cross-entropy, or E1 on one-hot targets", trainings},
     {"epochs", "N", "15", "total number of epochs, including those before --resume", trainings},
-    {"batch", "N", "64", "images a step", trainings},
+    {"batch", "N", "64", "images per step", trainings},
     {"lr", "X", "0.3", "learning rate of plain SGD", trainings},
-    {"seed", "N", "1", "of the first weights, the shuffling, stochastic rounding", trainings},
+    {"seed", "N", "1", "for first weights, shuffling and stochastic rounding", trainings},
     {"shuffle", "off|on", "on", "off: images in the order of the file", trainings},
     {"init", "FILE", "", "first weights from a safetensors file, PyTorch's for instance", "train compare histogram"},
     {"save", "FILE", "", "checkpoint after every epoch", "train"},
-    {"resume", "FILE", "", "go on from a checkpoint; other options override what it says", "train"},
-    {"log", "FILE.csv", "", "a row a step: step,epoch,loss,loss_scale,found_inf", "train"},
+    {"resume", "FILE", "", "continue from a checkpoint; other options override it", "train"},
+    {"log", "FILE.csv", "", "a row per step: step,epoch,loss,loss_scale,found_inf", "train"},
     {"sweep", "scale|lr", "", "accuracy over the loss scale, or over the learning rate", "compare"},
-    {"svg", "FILE.svg", "", "the picture of histogram or of compare --sweep", "compare histogram"},
 };
 const Option& option_named(const string& name) {
   for (const Option& option : option_table)
@@ -1556,10 +1503,10 @@ void understand(Options& o) {
   o.seed = uint64_t(number(o, "seed", 0, 9e15, true));
   string update = "--update " + o["update"] + " with --precision " + o["precision"] + ": ";
   if (o.precision == Type::fp32 && o.update != Update::master) misuse(update + "fp32 weights lose nothing to rounding");
-  if (o.automatic && o.update != Update::master) misuse(update + "its layers move by their fp32 masters");
+  if (o.automatic && o.update != Update::master) misuse(update + "a layer needs its fp32 master to move");
   if (o.precision == Type::fp32 && o.dynamic)
-    misuse("--loss-scale dynamic with --precision fp32: its gradients do not vanish, there is nothing to scale for");
-  if (!o["init"].empty() && !o["resume"].empty()) misuse("--init and --resume both bring weights: give one of them");
+    misuse("--loss-scale dynamic with --precision fp32: fp32 gradients do not vanish, nothing needs scaling");
+  if (!o["init"].empty() && !o["resume"].empty()) misuse("--init and --resume both set the weights: give one of them");
 }
 // `--name value` and `--name=value` into o.text.
 void take_words(Options& o, const string& command, const vector<string>& words) {
@@ -1577,7 +1524,7 @@ void take_words(Options& o, const string& command, const vector<string>& words) 
     string value;
     if (equals != word.npos) value = word.substr(equals + 1);
     else if (i + 1 < words.size()) value = words[++i];
-    if (!strstr(option.commands, command.c_str())) misuse(name + " is no option of mp " + command);
+    if (!strstr(option.commands, command.c_str())) misuse(name + " is not an option of mp " + command);
     if (o.has(option.name)) misuse(name + " is given twice");
     if (value.empty() || value.rfind("--", 0) == 0) misuse(name + " needs a value: " + option.values);
     o.text[option.name] = value;
@@ -1592,10 +1539,7 @@ Options parse(const string& command, const vector<string>& words, const string& 
   Options o;
   for (const Option& option : option_table) o.text[option.name] = option.initial;
   std::istringstream text(remembered);
-  vector<string> old_words;
-  for (string word; text >> word;) old_words.push_back(word);
-  take_words(o, "checkpoint", old_words);
-  if (!o.files.empty()) misuse("'" + o.files[0] + "' is no option");
+  take_words(o, "checkpoint", {std::istream_iterator<string>(text), {}});
   take_words(o, command, words);
   understand(o);
   return o;
@@ -1664,11 +1608,9 @@ string remembered_options(const string& path) {
   return file.metadata["mp.options"];
 }
 
-// A layer as any program may have saved it: X.weight [out, in] and X.bias [out]. LoRA's matrices may fit between layers,
-// but belong beside one: nobody uses them here, nor BatchNorm's numbers, and such a file is refused.
-struct Linear {
-  const SavedTensor *weight, *bias, *compensation;  // null: there is none
-};
+// The tensors of a layer as any program may have saved it, by the last part of their names: weight [out, in], and bias
+// [out] or none. `compensation` is mp's own.
+using Linear = std::map<string, const SavedTensor*>;
 // A key to sort names by: every number is as long as the others, so that fc2 comes before fc10.
 string natural_order(const string& name) {
   string key;
@@ -1680,29 +1622,26 @@ string natural_order(const string& name) {
   return key;
 }
 vector<Linear> linear_layers(const SafeTensors& file, const string& path) {
-  std::map<string, const SavedTensor*> unused;
-  for (const SavedTensor& t : file.tensors) unused[t.name] = &t;
-  if (unused.size() < file.tensors.size()) fail_in(path, "damaged: two tensors have one name");
-  std::multimap<string, Linear> layers;
+  std::map<string, Linear> layers;  // by the first part of their names, in order
   for (const SavedTensor& t : file.tensors) {
-    size_t end = t.name.size() - min<size_t>(6, t.name.size());
-    string X = t.name.substr(0, end);
-    if (t.name.substr(end) != "weight" || t.shape.size() != 2 || X.find("lora_") != X.npos) continue;
-    Linear& layer = layers.emplace(natural_order(X), Linear{&t, nullptr, nullptr})->second;
-    unused.erase(t.name);
-    auto bias = unused.find(X + "bias");
-    if (bias != unused.end() && bias->second->shape == vector{t.shape[0]}) layer.bias = unused.extract(bias).mapped();
-    if (auto found = unused.extract(X + "compensation")) layer.compensation = found.mapped();
+    size_t end = t.name.rfind('.') + 1;  // 0 if there is no dot
+    string part = t.name.substr(end);
+    bool matrix =
+        part == "weight" && t.shape.size() == 2 && t.name.find("lora_") == t.name.npos;       // LoRA's stand beside
+    bool used = matrix || (part == "bias" && t.shape.size() == 1) || part == "compensation";  // a layer's matrix
+    if (!used || !layers[natural_order(t.name.substr(0, end))].emplace(part, &t).second)
+      fail_in(path, t.name + " belongs to no layer (a matrix X.weight, X.bias): its part would be lost");
   }
-  if (!unused.empty())
-    fail_in(path, unused.begin()->first + " belongs to no layer (a matrix X.weight, X.bias): its part would be lost");
-  if (layers.empty()) fail_in(path, "holds no layer: a matrix 0.weight and its 0.bias, as PyTorch names them");
   vector<Linear> in_order;
-  for (const auto& [key, layer] : layers) {
-    if (!in_order.empty() && in_order.back().weight->shape[0] != layer.weight->shape[1])
-      fail_in(path, layer.weight->name + " does not take what " + in_order.back().weight->name + " gives");
+  for (auto& [X, layer] : layers) {
+    const string& name = layer.begin()->second->name;
+    const SavedTensor *bias = layer["bias"], *weight = layer["weight"];
+    if (!weight || (bias && bias->shape[0] != weight->shape[0])) fail_in(path, name + " fits no matrix X.weight");
+    if (!in_order.empty() && in_order.back()["weight"]->shape[0] != weight->shape[1])
+      fail_in(path, weight->name + " does not take what " + in_order.back()["weight"]->name + " gives");
     in_order.push_back(layer);
   }
+  if (in_order.empty()) fail_in(path, "holds no layer: a matrix 0.weight and its 0.bias, as PyTorch names them");
   return in_order;
 }
 // A network with the weights of a file, and where that is mp's own with its state; with fresh weights if `path` is empty
@@ -1715,8 +1654,8 @@ Training open_network(const Options& options, const string& path) {
   if (!path.empty()) {
     file = read_safetensors(path);
     layers = linear_layers(file, path);
-    vector<int> sizes = {int(layers[0].weight->shape[1])};
-    for (const Linear& layer : layers) sizes.push_back(int(layer.weight->shape[0]));
+    vector<int> sizes = {int(layers[0]["weight"]->shape[1])};
+    for (Linear& layer : layers) sizes.push_back(int(layer["weight"]->shape[0]));
     if (o.has("layers") && sizes != o.layers)
       fail_in(path, "holds layers " + joined(sizes) + ", not --layers " + o["layers"]);
     o.layers = sizes;
@@ -1727,19 +1666,26 @@ Training open_network(const Options& options, const string& path) {
   t.net.seed = o.seed;
   if (path.empty()) initialise(t.net);
   bool ours = o["init"].empty() && file.metadata.count("mp.state") > 0;  // --init takes the weights alone
-  if (ours) read_state(file.metadata["mp.state"], path, t);
-  else if (!o["resume"].empty())
+  Options before = o;
+  if (ours) {
+    read_state(file.metadata["mp.state"], path, t);
+    before = parse("train", {}, file.metadata["mp.options"]);
+  } else if (!o["resume"].empty()) {
     fail_in(path, "holds weights but no training state (saved by another program or an older mp): use --init");
+  }
+  if (!ours || o.dynamic != before.dynamic || o.scale != before.scale) {
+    t.state.scale = o.scale;  // it begins anew
+    t.state.growth_tracker = 0;
+  }
   if (o.automatic) set_types(t.net);
   for (size_t i = 0; i < layers.size(); i++) {
     Layer& layer = t.net.layer[i + 1];
-    vector<float> no_bias(layer.b.cols);
-    set_parameters(layer, layers[i].weight->value, layers[i].bias ? layers[i].bias->value : no_bias);
-    const SavedTensor* saved = layers[i].compensation;
-    if (!ours || !saved || !layer.compensation.memory) continue;
-    if (int(saved->value.size()) != layer.compensation.cols)
-      fail_in(path, saved->name + " is damaged: its size is wrong");
-    to_device(saved->value, layer.compensation);
+    const SavedTensor *bias = layers[i]["bias"], *compensation = layers[i]["compensation"];
+    set_parameters(layer, layers[i]["weight"]->value, bias ? bias->value : vector<float>(layer.b.cols));
+    if (!ours || !compensation || !layer.compensation.memory) continue;
+    if (int(compensation->value.size()) != layer.compensation.cols)
+      fail_in(path, compensation->name + " is damaged: its size is wrong");
+    to_device(compensation->value, layer.compensation);
   }
   return t;
 }
@@ -1769,8 +1715,8 @@ void check_fit(const Options& o, const Images& images) {
   fitting.front() = images.pixels;
   fitting.back() = images.classes;
   if (fitting != o.layers)
-    fail("layers %s do not fit the data in %s: %d pixels an image, %d classes; use --layers %s", o["layers"].c_str(),
-         o["data"].c_str(), images.pixels, images.classes, joined(fitting).c_str());
+    fail_in(o["data"], format("its images of %d pixels and %d classes do not fit layers %s; use --layers %s",
+                              images.pixels, images.classes, o["layers"].c_str(), joined(fitting).c_str()));
 }
 Training begin_training(const Options& options, const Dataset& data) {
   Training t = open_network(options, options["init"] + options["resume"]);  // one of them at most
@@ -1778,19 +1724,16 @@ Training begin_training(const Options& options, const Dataset& data) {
   t.data = data;
   check_fit(o, data.train);
   if (o.batch > data.train.count)
-    fail("--batch %d: %s holds only %d images to train on", o.batch, o["data"].c_str(), data.train.count);
+    fail_in(o["data"], format("only %d images to train on, --batch %d", data.train.count, o.batch));
   t.steps = data.train.count / o.batch;
-  if (o["resume"].empty() || !o.dynamic || o.has("loss-scale") || o.has("scale-init") || o.has("precision")) {
-    t.state.scale = o.scale;  // it begins anew
-    t.state.growth_tracker = 0;
-  }
+
   if (t.state.growth_tracker >= o.growth_interval) t.state.growth_tracker = 0;
   t.scaler = o.dynamic ? LossScaler(65536, 2, 0.5f, o.growth_interval) : LossScaler(1, 1, 1, 1);
   t.scaler.history = device_array<StepRecord>(t.steps);
   t.pixels = on_device(data.train.pixel);
   t.labels = on_device(data.train.label);
   t.order = device_array<int>(data.train.count);
-  t.batch = {t.pixels.get(), t.labels.get(), nullptr, nullptr, t.order.get(), o.batch};
+  t.batch = {t.pixels.get(), t.labels.get(), t.order.get(), o.batch};
   return t;
 }
 // Which image comes when: it depends on seed and epoch alone, so that a resumed run sees the same.
@@ -1866,10 +1809,7 @@ vector<StepRecord> train_epoch(Training& t, bool quiet = false) {
   if (live_terminal()) printf("\r\033[K");
   t.epoch++;
   t.mean_loss = 0;
-  for (StepRecord& r : records) {
-    r.loss = std::fabs(r.loss);  // takes the minus sign that x86 gives a NaN
-    t.mean_loss += r.loss / double(records.size());
-  }
+  for (const StepRecord& r : records) t.mean_loss += r.loss / double(records.size());
   if (quiet || !t.state.halted) t.test_accuracy = accuracy(t.net, t.data.test);  // else its tensors are looked at
   return records;
 }
@@ -1895,31 +1835,26 @@ string first_not_finite(const Mlp& net) {
   return found;
 }
 
-// How many bytes of an old log are kept: the rows of the steps before `step`
+const char log_header[] = "step,epoch,loss,loss_scale,found_inf";
+// How many bytes of an old log are kept: the header and the rows of the steps before `step`
 long kept_bytes(const string& path, unsigned step) {
   std::ifstream log(path);
-  if (!log) fail_in(path, "cannot be read, as going on with it needs");
   long bytes = 0;
-  for (string row; std::getline(log, row) && !log.eof(); bytes += long(row.size()) + 1)  // its end may be missing
-    if (isdigit(uint8_t(row[0])) && std::strtoul(row.c_str(), nullptr, 10) >= step) break;
+  string row;
+  while (std::getline(log, row) && !log.eof()) {  // the last row may be cut short
+    if (bytes == 0 && row != log_header) fail_in(path, "is there, and no log: name another file for --log");
+    if (bytes > 0 && std::strtoul(row.c_str(), nullptr, 10) >= step) break;
+    bytes += long(row.size()) + 1;
+  }
   return bytes;
 }
 FILE* open_log(const Training& t) {
   const string& path = t.o["log"];
-  bool resumed = !t.o["resume"].empty();
-  struct stat out, file;
-  fstat(STDOUT_FILENO, &out);
-  FILE* log = stdout;  // where it is the same file: two descriptors would overwrite each other's rows
-  if (stat(path.c_str(), &file) != 0 || file.st_dev != out.st_dev || file.st_ino != out.st_ino) {
-    log = fopen(path.c_str(), "a");
-    if (!log) fail_in(path, format("%s; name another file for --log", strerror(errno)));
-    if (fs::is_regular_file(path)) {
-      long kept = resumed ? kept_bytes(path, t.state.step) : 0;
-      fs::resize_file(path, kept);
-      resumed = kept > 0;
-    }
-  }
-  if (!resumed) fprintf(log, "step,epoch,loss,loss_scale,found_inf\n");
+  FILE* log = path == "/dev/stdout" ? stdout : fopen(path.c_str(), "a");  // opened anew it would overwrite the table
+  if (!log) fail_in(path, format("%s; name another file for --log", strerror(errno)));
+  bool file = log != stdout && fs::is_regular_file(path);
+  if (file) fs::resize_file(path, kept_bytes(path, t.state.step));
+  if (file ? fs::file_size(path) == 0 : t.state.step == 0) fprintf(log, "%s\n", log_header);
   return log;
 }
 void write_log(FILE* log, const Training& t, const vector<StepRecord>& records) {
@@ -1944,18 +1879,16 @@ void train(const vector<string>& words) {
   }
   printf("%s\n%s: %d images to train on, %d to test\n", describe(t.o).c_str(), t.data.what.c_str(), t.data.train.count,
          t.data.test.count);
-  if (t.epoch < o.epochs)
-    printf("epoch  train loss  test accuracy  loss scale  skipped  images/s  seconds%s\n",
-           o.automatic ? "  bits by layer, multiply-adds in 16" : "");
-  else if (!save.empty()) save_checkpoint(save, t);
+  printf("epoch  train loss  test accuracy  loss scale  skipped  images/s  seconds%s\n",
+         o.automatic ? "  bits by layer, multiply-adds in 16" : "");
+  if (!save.empty() && t.epoch >= o.epochs) save_checkpoint(save, t);  // there is nothing left to train
   while (t.epoch < o.epochs) {
     vector<StepRecord> records = train_epoch(t);
     if (log) write_log(log, t, records);
     if (t.state.halted)
-      fail(
-          "step %u (epoch %d): %s, which no loss scale below %g can mend; use a smaller --lr, or --precision bf16 or "
-          "fp32",
-          t.state.step, t.epoch, first_not_finite(t.net).c_str(), t.state.scale);
+      fail(format(
+          "step %u (epoch %d): %s, which no loss scale below %g can prevent; use a smaller --lr, or bf16 or fp32",
+          t.state.step, t.epoch, first_not_finite(t.net).c_str(), t.state.scale));
     printf("%5d  %10.5g  %12.2f%%  %10g  %7d  %8.0f  %7.2f", t.epoch, t.mean_loss, t.test_accuracy, t.state.scale,
            t.state.skipped, t.steps * o.batch / t.seconds, t.seconds);
     printf(o.automatic ? "  %s\n" : "\n", map_of(t.net).c_str());
@@ -1964,54 +1897,7 @@ void train(const vector<string>& words) {
   printf("test accuracy %.2f%%\n", accuracy(t.net, t.data.test));
 }
 
-// ==== What each technique is for: compare, sweep and histogram ====
-struct Curve {
-  string name;
-  vector<double> y;  // per cent, at each place on x
-};
-struct Plot {
-  string title;
-  vector<string> places;  // labels on x
-  vector<Curve> curves;
-};
-string svg_text(double x, double y, const string& style, const string& words) {
-  return format("<text x='%.0f' y='%.0f' %s>%s</text>\n", x, y, style.c_str(), words.c_str());
-}
-void write_svg(const string& path, const vector<Plot>& plots, const string& caption) {
-  if (path.empty()) return;
-  const char* const colours[] = {"#1f6fb4", "#d9600f", "#2a8a3e", "#8d3fa8"};
-  double base = -60, width = 640, height = 200, whole = 290;  // pixels; base: y of the axis
-  string s = format(
-      "<svg xmlns='http://www.w3.org/2000/svg' width='700' viewBox='-40 0 700 %.0f' font-size='12' "
-      "font-family='sans-serif'><rect x='-40' width='100%%' height='100%%' fill='#fff'/>\n",
-      plots.size() * whole + 20);
-  for (const Plot& p : plots) {  // one below the other
-    base += whole;
-    s += svg_text(0, base - height - 12, "font-weight='bold'", p.title);
-    double high = 10;
-    for (const Curve& c : p.curves)
-      for (double y : c.y) high = max(high, 10 * std::ceil(y / 10));
-    for (int i = 0; i <= 5; i++) {
-      double y = base - i * height / 5;
-      s += format("<path stroke='#ccc' d='M0 %.0fh%.0f'/>", y, width);
-      s += svg_text(-6, y + 4, "text-anchor='end'", format("%.0f", i * high / 5));
-    }
-    int count = p.places.size();
-    double step = width / count, legend = 0;
-    for (int i = 0; i < count; i += max(1, count / 6))  // of 25 places every 4th
-      s += svg_text((i + 0.5) * step, base + 15, "text-anchor='middle'", p.places[i]);
-    for (size_t c = 0; c < p.curves.size(); c++) {
-      s += format("<polyline fill='none' stroke-width='2' stroke='%s' points='", colours[c]);
-      for (int i = 0; i < count; i++)
-        s += format("%.1f %.1f ", (i + 0.5) * step, base - p.curves[c].y[i] / high * height);
-      s += "'/>\n" + svg_text(legend, base + 35, format("font-weight='bold' fill='%s'", colours[c]), p.curves[c].name);
-      legend += 165;
-    }
-  }
-  write_file(path, s + svg_text(0, base + 60, "", caption) + "</svg>\n");
-  printf("\nwrote %s\n", path.c_str());
-}
-
+// ==== What each technique is for: compare and histogram ====
 // Trains without a word, to the last epoch or until no loss scale can help.
 Training learn(const Options& o, const Dataset& data) {
   Training t = begin_training(o, data);
@@ -2041,75 +1927,48 @@ const struct Setting {
                 {"bf16, master", "--precision bf16", "lr"},
                 {"bf16, no master", "--precision bf16 --update half", "lr"},
                 {"auto: fp16 or fp32 by layer", "--precision auto", "scale"}};
-// Accuracy over a fixed loss scale or over the learning rate: a row for each value, a column for each setting
-void sweep(const vector<string>& words, const Dataset& data) {
-  Options o = parse("compare", words, "--epochs 3");
-  string option = "--loss-scale";
-  int first = -24, last = 24;  // powers of 2
-  if (o["sweep"] == "lr") {
-    option = "--lr";
-    first = -14;
-    last = -2;
-  }
-  Plot p;
-  p.title = format("Test accuracy in per cent, %s, after epoch %d", dashed(o["layers"]).c_str(), o.epochs);
-  printf("%12s", option.c_str());
-  vector<string> columns;  // each setting's options
-  for (const Setting& s : settings)
-    if (strstr(s.sweeps, o["sweep"].c_str())) {
-      printf("  %27s", s.name);
-      p.curves.push_back({s.name, {}});
-      columns.push_back(format("--epochs 3 %s %s 0x1p", s.options, option.c_str()));
-    }
-  for (int exponent = first; exponent <= last; exponent += 2) {
-    p.places.push_back(format("2^%d", exponent));
-    printf("\n%12s", p.places.back().c_str());
-    for (size_t i = 0; i < columns.size(); i++) {
-      Training t = learn(parse("compare", words, columns[i] + to_string(exponent)), data);
-      p.curves[i].y.push_back(t.test_accuracy);
-      printf("  %6.2f%%, %5d steps skipped", t.test_accuracy, t.state.skipped);
-      fflush(stdout);
-    }
-  }
-  printf("\n");
-  write_svg(o["svg"], {p}, "over " + option);
+// What --sweep tries one after the other, all powers of 2; without it one value, no option
+vector<string> values_of(const string& sweep) {
+  vector<string> values;
+  for (int i = -24; i <= 24 && sweep == "scale"; i += 2) values.push_back(format("--loss-scale 0x1p%d", i));
+  for (int i = -14; i <= -2 && sweep == "lr"; i += 2) values.push_back(format("--lr 0x1p%d", i));
+  if (values.empty()) values.push_back("");
+  return values;
 }
+// A row for each setting; with --sweep for those that it takes, at each of its values
 void compare(const vector<string>& words, const Options& o) {
-  if (o["sweep"].empty() && !o["svg"].empty()) misuse("--svg needs --sweep scale or --sweep lr");
-  if (o["sweep"] == "lr" && o.has("lr")) misuse("--sweep lr tries rates of its own: leave out --lr");
+  const string& sweep = o["sweep"];
+  if (sweep == "lr" && o.has("lr")) misuse("--sweep lr tries rates of its own: leave out --lr");
   Dataset data = load_dataset(o["data"]);
   printf("%s · %s · %s\n\n", machine().c_str(), dashed(o["layers"]).c_str(), data.what.c_str());
-  if (!o["sweep"].empty()) return sweep(words, data);
   printf("%-29s accuracy  final loss  skipped   flushed    weights  activations  gradients  seconds\n", "");
-  for (const Setting& s : settings) {
-    double start = now_in_seconds();
-    Training t = learn(parse("compare", words, s.options), data);
-    double seconds = now_in_seconds() - start;
-    Footprint bytes = footprint(t.net);
-    printf("%-29s %7.2f%%  %10.4g  %7d  %7.2f%%  %9zu  %11zu  %9zu  %7.2f%s\n", s.name, t.test_accuracy, t.mean_loss,
-           t.state.skipped, flushed(t), bytes.weights + bytes.master + bytes.compensation, bytes.activations,
-           bytes.gradients, seconds, t.state.halted ? "  halted" : "");
+  for (const string& value : values_of(sweep)) {
+    if (!value.empty()) printf("%s\n", value.c_str());
+    for (const Setting& s : settings) {
+      if (!strstr(s.sweeps, sweep.c_str())) continue;  // every text contains ""
+      double start = now_in_seconds();
+      string epochs = sweep.empty() ? "" : "--epochs 3 ";
+      Training t = learn(parse("compare", words, epochs + s.options + " " + value), data);
+      double seconds = now_in_seconds() - start;
+      Footprint bytes = footprint(t.net);
+      printf("%-29s %7.2f%%  %10.4g  %7d  %7.2f%%  %9zu  %11zu  %9zu  %7.2f%s\n", s.name, t.test_accuracy, t.mean_loss,
+             t.state.skipped, flushed(t), bytes.weights + bytes.master + bytes.compensation, bytes.activations,
+             bytes.gradients, seconds, t.state.halted ? "  halted" : "");
+    }
   }
 }
 
-// Prints a tensor's exponents, as shares of its non-zero values, and adds a curve to the plot with this title.
-void add_exponents(vector<Plot>& plots, const string& title, const string& name, const Exponents& e) {
-  if (plots.empty() || plots.back().title != title) plots.push_back({title, {}, {}});
+// Prints a tensor's exponents, as shares of its non-zero values.
+void print_exponents(const string& name, const Exponents& e) {
   const char* const heights[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
   double one_percent = max<int64_t>(e.nonzero(), 1) / 100.;
-  Curve c = {name, {}};
-  vector<string> places;
   for (int x = -40; x < 20; x++) {
     double share = e.between(x > -40 ? x : Exponents::lowest, x + 1) / one_percent;
     if (x == 16) share = e.overflow / one_percent;
     if (x == -25 || x == -14 || x == 16) printf("│");
     printf("%s", heights[min(int(std::ceil(share / 2.5)), 8)]);
-    places.push_back(to_string(x));
-    c.y.push_back(share);
   }
-  plots.back().places = places;
-  plots.back().curves.push_back(c);
-  printf("\n%s, %s: %.1f%% to zero, %.1f%% subnormal, %.1f%% overflow\n", title.c_str(), name.c_str(),
+  printf("\n%s: %.1f%% to zero, %.1f%% subnormal, %.1f%% overflow\n", name.c_str(),
          e.between(Exponents::lowest, -25) / one_percent, e.between(-25, -14) / one_percent, e.overflow / one_percent);
 }
 // Exponents of a, delta and dW in fp32, without the loss scale and with it, against fp16's ranges
@@ -2118,20 +1977,16 @@ void histogram(const vector<string>& words) {
   Training t = learn(o, load_dataset(o["data"]));
   shuffle(t);
   vector<Probe> plain = probe(t.net, t.batch, 1), scaled = probe(t.net, t.batch, t.state.scale);
-  string without = "without loss scale", with = format("times %g", t.state.scale);
   printf("%s\n\nExponents in fp32; height: share of the non-zero values. In fp16 they are\n%-15s│%-11s│%-30s│inf\n",
          describe(t.o).c_str(), "2^-40: 0", "subnormal", "normal, 2^-14 to 65504");
-  vector<Plot> plots;
   for (int l = 1; l <= t.net.L; l++) {
-    string layer = "layer " + to_string(l) + ", ";
-    add_exponents(plots, layer + "a", "values", plain[l].a);
-    add_exponents(plots, layer + "delta", without, plain[l].delta);
-    add_exponents(plots, layer + "delta", with, scaled[l].delta);
-    add_exponents(plots, layer + "dW", without, plain[l].dW);
-    add_exponents(plots, layer + "dW", with, scaled[l].dW);
+    string layer = format("layer %d, ", l), with = format(", times %g", t.state.scale);
+    print_exponents(layer + "a", plain[l].a);
+    print_exponents(layer + "delta", plain[l].delta);
+    print_exponents(layer + "delta" + with, scaled[l].delta);
+    print_exponents(layer + "dW", plain[l].dW);
+    print_exponents(layer + "dW" + with, scaled[l].dW);
   }
-  write_svg(o["svg"], plots,
-            "Per cent of the non-zero values from 2^x up. fp16: 0 below 2^-25, subnormal below 2^-14.");
 }
 
 // ==== test and predict: what a saved model reads ====
@@ -2298,8 +2153,7 @@ int predict_pictures(const vector<string>& words, const vector<string>& files) {
     try {
       predict_picture(t.net, files[i], side);
     } catch (const std::exception& error) {  // the others are read all the same
-      fprintf(stderr, "mp: %s\n", printable(error.what()).c_str());
-      status = 1;
+      status = complain(error.what());
     }
   }
   return status;
@@ -2317,24 +2171,7 @@ template <class F> double least_seconds(F work) {
   }
   return least;
 }
-// What the machine could do: multiply-adds on numbers that stay in registers. Each sum depends on itself, or a compiler
-// would compute it once; 12 of them hide the latency, and fit into the registers.
-constexpr int peak_sums = 12, peak_rounds = 20000;
-__global__ void peak_kernel(Vector* memory, float x) {
-  Vector* const mine = memory + (blockIdx.x * blockDim.x + threadIdx.x) * peak_sums;
-  Vector sum[peak_sums];
-  UNROLL for (int i = 0; i < peak_sums; i++) sum[i] = mine[i];
-  for (int n = 0; n < peak_rounds; n++) {
-    UNROLL for (int i = 0; i < peak_sums; i++) add_product(sum[i], x, sum[i]);
-  }
-  UNROLL for (int i = 0; i < peak_sums; i++) mine[i] = sum[i];
-}
-double peak_flops() {
-  int blocks = 16 * cores(), vectors = blocks * element_threads * peak_sums;
-  Tensor memory = make_tensor(vectors, vector_width, Type::fp32);
-  auto run = [&] { launch(peak_kernel, blocks, element_threads, memory.as<Vector>(), 0.5f); };
-  return 2. * vectors * vector_width * peak_rounds / least_seconds(run);
-}
+
 Tensor random_matrix(int n, Type type) {  // a GPU multiplies zeros faster than other numbers
   vector<float> values;
   for (int i = 0; i < n * n; i++) values.push_back(uniform(1, i));
@@ -2343,7 +2180,7 @@ Tensor random_matrix(int n, Type type) {  // a GPU multiplies zeros faster than 
   return t;
 }
 
-constexpr int largest = real_tensor_cores ? 8192 : 512;  // matrix, and batch of the wide network
+constexpr int smallest = real_tensor_cores ? 1024 : 512, largest = real_tensor_cores ? 8192 : 512;  // n x n matrices
 void multiply(const string& rung, Layout layout, const Tensor& A, const Tensor& B, const Tensor& C) {
   if (rung == "naive") return gemm_naive(layout, A, B, C);
   if (rung == "tiled") return gemm_tiled(layout, A, B, C);
@@ -2361,31 +2198,23 @@ void multiply(const string& rung, Layout layout, const Tensor& A, const Tensor& 
     fail("cuBLAS failed");
 #endif
 }
-void bench_product(Layout layout, int n, double peak) {  // of two n x n matrices
+void bench_product(Layout layout, int n, Type type) {
   const char* const names[] = {"ABt", "AB", "AtB"};
-  int times = n < 512 ? 100 : 1;  // a GPU takes longer to launch a small product than to compute it
-  for (Type type : {Type::fp32, Type::fp16, Type::bf16}) {
-    Tensor A = random_matrix(n, type), B = random_matrix(n, type), C = make_tensor(n, n, type);
-    double of_cublas = 0;
-    for (string rung : {"cuBLAS", "naive", "tiled", "mma"}) {
-      if ((rung == "cuBLAS" && !real_tensor_cores) || (rung == "mma" && !tensor_cores(type))) continue;
-      Graph graph;
-      auto products = [&] {
-        for (int i = 0; i < times; i++) multiply(rung, layout, A, B, C);
-      };
-      double rate = times * 2. * n * n * n / least_seconds([&] { replay(graph, products); });
-      printf("%-7s %5d  %s  %-6s %9.1f GFLOP/s %6.1f%% of the fp32 peak", names[int(layout)], n, type_names[int(type)],
-             rung.c_str(), rate * 1e-9, 100 * rate / peak);
-      if (rung == "cuBLAS") of_cublas = rate;
-      if (of_cublas > 0) printf(" %6.1f%% of cuBLAS", 100 * rate / of_cublas);
-      printf("\n");
-    }
+  Tensor A = random_matrix(n, type), B = random_matrix(n, type), C = make_tensor(n, n, type);
+  double of_cublas = 0;
+  for (string rung : {"cuBLAS", "naive", "tiled", "mma"}) {
+    if ((rung == "cuBLAS" && !real_tensor_cores) || (rung == "mma" && !tensor_cores(type))) continue;
+    double rate = 2. * n * n * n / least_seconds([&] { multiply(rung, layout, A, B, C); });
+    printf("%-7s %5d  %s  %-6s %9.1f", names[int(layout)], n, type_names[int(type)], rung.c_str(), rate * 1e-9);
+    if (rung == "cuBLAS") of_cublas = rate;
+    if (of_cublas > 0) printf("  %5.1f%% of cuBLAS", 100 * rate / of_cublas);
+    printf("\n");
   }
 }
 // `steps` training steps at a time, on one grey image. A learning rate of 0 keeps all steps alike.
 void bench_step(const vector<int>& sizes, int batch, int steps) {
   auto pixels = on_device(Bytes(size_t(steps) * batch * sizes[0], 100)), labels = on_device(Bytes(steps * batch));
-  Batch data{pixels.get(), labels.get(), nullptr, nullptr, nullptr, batch};
+  Batch data{pixels.get(), labels.get(), nullptr, batch};
   for (Type type : {Type::fp32, Type::fp16, Type::bf16}) {
     Mlp net = make_mlp(sizes, batch, type, Update::master);
     initialise(net);
@@ -2402,24 +2231,24 @@ void bench_step(const vector<int>& sizes, int batch, int steps) {
   }
 }
 void bench() {
-  double peak = peak_flops();
-  printf("%s\npeak of fp32 multiply-adds, measured: %.1f GFLOP/s\n", machine().c_str(), peak * 1e-9);
-  printf("\na training step      batch  type  microseconds   images/s  bytes of activations and gradients\n");
+  printf("%s\n\n", machine().c_str());
+  printf("a training step      batch  type  microseconds   images/s  bytes of activations and gradients\n");
   bench_step({784, 128, 10}, 64, 100);
   bench_step({784, 8192, 10}, largest, 1);
-  printf("\nproduct     n  type  rung\n");
-  for (Layout layout : {Layout::ABt, Layout::AB, Layout::AtB})
-    for (int n = 128; n <= largest; n *= 4) bench_product(layout, n, peak);
+  printf("\nproduct     n  type  rung    GFLOP/s\n");
+  for (int n = smallest; n <= largest; n *= 2)
+    for (Layout layout : {Layout::ABt, Layout::AB, Layout::AtB})
+      for (Type type : {Type::fp32, Type::fp16, Type::bf16}) bench_product(layout, n, type);
 }
 
 // ==== The command line ====
-const char usage_text[] = R"(usage: mp train [OPTION...]              learn digits, a row of figures an epoch
-       mp test MODEL [--data DIR]        what a saved model takes for what
-       mp compare [OPTION...]            with one technique off at a time; --sweep scale|lr [--svg FILE]
-       mp histogram [OPTION...]          exponents against fp16's range; [--svg FILE]
+const char usage_text[] = R"(usage: mp train [OPTION...]              learn digits; prints a row per epoch
+       mp test MODEL [--data DIR]        a saved model's confusion table
+       mp compare [OPTION...]            with one technique off at a time; or --sweep scale|lr
+       mp histogram [OPTION...]          exponents against fp16's range
        mp predict MODEL IMAGE...         which digit each PNG or JPEG shows
        mp article                        the article's 1-5-1 network, as written and with ReLU
-       mp bench                          the matrix products and the training step: how fast, how large
+       mp bench                          how fast matrix products and training steps are
        mp --help | mp --version          every option with its default | what this program was built for
 )";
 void print_help() {
@@ -2435,12 +2264,6 @@ void print_help() {
 int run_command(const string& command, const vector<string>& words) {  // returns the program's exit status
   Options o = parse(command, words);
   size_t files = o.files.size();
-  if (!o["svg"].empty()) check_writable(o["svg"]);
-  std::error_code none;
-  for (const string& output : {o["log"], o["svg"]})
-    for (const string& model : {o["save"], o["resume"], o["init"]})
-      if ((!output.empty() && output == model) || fs::equivalent(output, model, none))
-        misuse(output + " would overwrite the checkpoint " + model);
   if (command == "train" && files == 0) train(words);
   else if (command == "test" && files == 1) test(words, o.files[0]);
   else if (command == "compare" && files == 0) compare(words, o);
@@ -2448,7 +2271,7 @@ int run_command(const string& command, const vector<string>& words) {  // return
   else if (command == "predict" && files > 1) return predict_pictures(words, o.files);
   else if (command == "article" && files == 0) article();
   else if (command == "bench" && files == 0) bench();
-  else misuse("mp " + command + ": no such command, or a file too few or too many");
+  else misuse("mp " + command + ": no such command, or the wrong number of files");
   return 0;
 }
 }  // namespace
@@ -2465,15 +2288,15 @@ __attribute__((weak)) int main(int argc, char** argv) {
       printf("mp 2.0, %s back end, vectors of %d floats\n", real_tensor_cores ? "CUDA" : "CPU", vector_width);
     else status = run_command(words[0], {words.begin() + 1, words.end()});
     if (fflush(stdout) || ferror(stdout))
-      fail("standard output cannot be written: %s; send it elsewhere", strerror(errno));
+      fail(format("standard output cannot be written: %s; send it elsewhere", strerror(errno)));
     return status;
   } catch (const UsageError& error) {
-    fprintf(stderr, "mp: %s\n%s", error.what(), usage_text);
+    complain(error.what());
+    fputs(usage_text, stderr);
     return 2;
   } catch (const std::bad_alloc&) {
-    fprintf(stderr, "mp: out of memory; make --layers or --batch smaller\n");
+    return complain("out of memory; make --layers or --batch smaller");
   } catch (const std::exception& error) {  // Error, or one of the file system
-    fprintf(stderr, "mp: %s\n", printable(error.what()).c_str());
+    return complain(error.what());
   }
-  return 1;
 }

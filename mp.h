@@ -26,7 +26,7 @@
 struct Error : std::runtime_error {
   using runtime_error::runtime_error;
 };
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));  // throws Error; as printf
+[[noreturn]] void fail(const std::string& text);  // throws Error
 
 // ---- Number formats (article 2.1; IEEE 754 binary16; bfloat16 is the upper half of a float) ----
 struct half {
@@ -36,7 +36,7 @@ struct bfloat16 {
   uint16_t bits;  // 1 sign, 8 exponent, 7 fraction: the range of a float, 2 to 3 decimal digits
 };
 enum class Type { fp32, fp16, bf16 };
-// Round to nearest, ties to even; subnormals kept; too large becomes infinity; NaN stays NaN. They raise nothing.
+// Round to nearest, ties to even; subnormals kept; too large becomes infinity; NaN stays NaN. None of them fails.
 __host__ __device__ half float_to_half(float x);
 __host__ __device__ float half_to_float(half h);
 __host__ __device__ bfloat16 float_to_bfloat16(float x);
@@ -54,7 +54,7 @@ struct Tensor {
   template <class T> T* as() const { return reinterpret_cast<T*>(memory.get()); }
   size_t bytes() const { return size_t(rows) * size_t(stride) * (type == Type::fp32 ? 4 : 2); }
 };
-Tensor make_tensor(int rows, int cols, Type type);                  // zeros; fails when the device has not the memory
+Tensor make_tensor(int rows, int cols, Type type);                  // zeros; fails if the device has too little memory
 Tensor first_rows(const Tensor& t, int rows);                       // a view of the upper rows
 std::vector<float> to_host(const Tensor& t);                        // [rows * cols], without the padding
 void to_device(const std::vector<float>& values, const Tensor& t);  // [rows * cols], each rounded to t's type
@@ -72,12 +72,12 @@ struct Epilogue {                // what happens to a sum before it is rounded, 
 };
 // A, B, bias and mask of one type, C of any; any size from 1 up; C's padding may be written. Shapes that do not fit fail.
 void gemm_naive(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
-// K is shared out to `splits` blocks, whose sums are added in a fixed order; 0: as many as keep the machine busy.
+// `splits` blocks share K; their sums are added in a fixed order. 0: as many blocks as keep the machine busy.
 void gemm_tiled(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {},
                 int splits = 0);
-// Tensor cores: fp16 from sm_75 on, bf16 from sm_80 on; on a CPU their instructions are imitated. Else it fails.
+// Tensor cores: fp16, and bf16 from sm_80 on; a CPU imitates their instructions. Other types fail.
 void gemm_mma(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {}, int splits = 0);
-bool tensor_cores(Type type);  // are there any for it?
+bool tensor_cores(Type type);  // does this machine have any for this type?
 // The best of them for machine and type, which training uses; MP_GEMM=naive|tiled|mma in the environment overrides.
 void gemm(Layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& epilogue = {});
 
@@ -86,7 +86,7 @@ enum class Loss { cross_entropy, squared_error };
 enum class Update { master, half, kahan, stochastic };  // article 3.1 and 3.2 step 5; paper 3.1; arXiv 2010.06192
 struct Layer {
   Type type = Type::fp32;  // of everything below but `master` and `a`
-  int clean_probes = 2;    // in a row in which fp16 could hold everything; counted up to 2 (--precision auto)
+  int clean_probes = 2;    // consecutive probes in which fp16 could hold everything, at most 2 (--precision auto)
   Tensor master;           // [1, n] fp32: W row after row, then b, both with their padding; empty if update != master
   Tensor weights;          // [1, n] compute copy of the master; in fp32 the master itself
   Tensor gradients;        // [1, n] dL/dW and dL/db, times the loss scale
@@ -105,8 +105,9 @@ struct Mlp {
   Update update = Update::master;
   uint64_t seed = 1;   // of the initial weights and of stochastic rounding
   Tensor y;            // [batch, classes] fp32 targets: one-hot, or numbers
-  Tensor row_loss;     // [1, batch] fp32
   Tensor log_sum_exp;  // [1, batch] fp32: log sum exp(z), kept by E1 for E3
+  // [L] in device memory: the parameters of all layers, for check and update
+  std::shared_ptr<struct Parameters> parameters;
 };
 Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update);  // fails on a size below 1
 void set_types(Mlp& net, const std::vector<Type>& types);  // [L] of layer 1 to L, with master weights (or all one)
@@ -145,13 +146,12 @@ struct LossScaler {
   void write(const StepState& s);
 };
 
-// ---- A training step: the boxes A to H of article 2.3. Each is a launch or two; the host waits for none. ----
-struct Batch {                             // device memory; images, or else points x with targets y
-  const uint8_t* pixels = nullptr;         // [n, in], 0 to 255
-  const uint8_t* labels = nullptr;         // [n]
-  const float *x = nullptr, *y = nullptr;  // [n, in] and [n, classes]
-  const int* order = nullptr;              // [n] a permutation: sample i of the epoch is order[i]; none: i
-  int rows = 0;                            // of this batch
+// ---- Article 2.3: boxes A to G are a training step. Each is a launch or two; the host waits for none. ----
+struct Batch {                      // device memory
+  const uint8_t* pixels = nullptr;  // [n, in], 0 to 255; none: the input a^0 and the targets y are there already
+  const uint8_t* labels = nullptr;  // [n]
+  const int* order = nullptr;       // [n] a permutation: sample i of the epoch is order[i]; none: i
+  int rows = 0;                     // of this batch
 };
 void preprocess(Mlp& net, const Batch& batch, const LossScaler* scaler);  // A B  a0 = pixel / 255, y = one-hot
 void forward(Mlp& net, int l);                                            // C D  E2
@@ -213,45 +213,45 @@ struct TileSize {
 // ---- On an NVIDIA GPU, compiled by nvcc ----
 #if defined(__CUDACC__)
 #define CUDA_CHECK(call) check(call, #call, __FILE__, __LINE__)
-constexpr int row_threads = 64, column_threads = 64, element_threads = 256, elements_per_block = 2048;
+constexpr int loss_threads = 512, row_threads = 64, column_threads = 64, element_threads = 256;
+constexpr int elements_per_block = 2048;
 // gemm_tiled: what a block computes (large where that keeps the machine busy), what a thread computes, how much of it at
-// a time in registers (TM x TN, rows of vectors), and how much of K lies in shared memory.
+// a time in registers (TM x TN, rows of vectors), in how many pieces TM rows lie, and how much of K lies in shared memory.
 constexpr TileSize large_tile = {128, 128}, small_tile = {64, 64}, thread_tile = {8, 8};
-constexpr int TM = 8, TN = 8, vector_width = 8, tiled_BK = 16;
+constexpr int TM = 8, TM_parts = 2, TN = 8, vector_width = 8, tiled_BK = 16;
 struct alignas(16) Vector {
   float v[vector_width];
 };
-using Column = Vector;
-__device__ __forceinline__ void add_product(Vector& sum, float a, const Vector& b) {
+__device__ inline void add_product(Vector& sum, float a, const Vector& b) {
   UNROLL for (int j = 0; j < vector_width; j++) sum.v[j] += a * b.v[j];
 }
-__device__ __forceinline__ float element(const Vector& x, int j) { return x.v[j]; }
+__device__ inline float element(const Vector& x, int j) { return x.v[j]; }
 constexpr int transposed_rows = 1;        // that store_transposed() takes
 constexpr bool loads_whole_rows = false;  // neighbouring threads load neighbours, in one access
-__device__ __forceinline__ void store_transposed(float* to, int stride, const float (&x)[1][8]) {
+__device__ inline void store_transposed(float* to, int stride, const float (&x)[1][8]) {
   UNROLL for (int j = 0; j < 8; j++) to[j * stride] = x[0][j];
 }
-__device__ __forceinline__ void prefetch(const void*) {}  // while one warp waits for memory, others work
-__device__ __forceinline__ float machine_float(half h) {
+__device__ inline void prefetch(const void*) {}  // while one warp waits for memory, others work
+__device__ inline float machine_float(half h) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h.bits));
   return x;
 }
-__device__ __forceinline__ half machine_half(float x) {
+__device__ inline half machine_half(float x) {
   half h;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
   return h;
 }
-template <class T> __device__ __forceinline__ T* dynamic_shared() {  // the bytes that launch_shared() was told
+template <class T> __device__ inline T* dynamic_shared() {  // the bytes that launch_shared() was told
   extern __shared__ __align__(128) char shared_memory[];
   return (T*)shared_memory;
 }
 // What gemm_mma is made of (PTX manual, 'Warp-level matrix instructions' and 'cp.async'); lane = 4 g + t.
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 // clang-format off
 // Four 8x8 matrices of 16-bit numbers: lane 8 i + j brings the address of row j of matrix i, 16 bytes; r[i] becomes its
 // elements (g, 2t) and (g, 2t + 1), or those of its transpose.
-template <bool transposed> __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+template <bool transposed> __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 #define LDMATRIX(trans) asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0,%1,%2,%3}, [%4];" \
     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory")
   if (transposed) LDMATRIX(".trans");
@@ -259,8 +259,7 @@ template <bool transposed> __device__ __forceinline__ void ldmatrix_x4(uint32_t 
 }
 // d (16x8, fp32) += a (16x16) b (16x8): a[i] holds rows g + 8 (i % 2), columns 2t + 8 (i / 2) and the next one; b[i] rows
 // 2t + 8 i and the next one, column g; d[i] row g + 8 (i / 2), column 2t + i % 2.
-template <class T>
-__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
+template <class T> __device__ inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
 #define MMA(shape, type, a_b, ...) \
   asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, " a_b ", {%0,%1,%2,%3};" \
     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : __VA_ARGS__)
@@ -269,45 +268,42 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
   if (std::is_same<T, half>::value) MMA("m16n8k16", "f16", "{%4,%5,%6,%7}, {%8,%9}", ALL);
   else MMA("m16n8k16", "bf16", "{%4,%5,%6,%7}, {%8,%9}", ALL);
 #else  // Turing: two halves of k, and fp16 alone
-  if (!std::is_same<T, half>::value) __trap();
   for (int k = 0; k < 2; k++) MMA("m16n8k8", "f16", "{%4,%5}, {%6}", "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
 #endif
 }
 // 16 bytes from global to shared memory, of which the first `bytes` are read and the others become 0. They have arrived
 // when copy_wait<n>() returns and at most the n newest commits are still under way; Turing copies at once.
 #if __CUDA_ARCH__ >= 800
-__device__ __forceinline__ void copy_16_bytes_async(void* to, const void* from, int bytes) {
+__device__ inline void copy_16_bytes_async(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int n> __device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
-}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int n> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory"); }
 #else
-__device__ __forceinline__ void copy_16_bytes_async(void* to, const void* from, int bytes) {
+__device__ inline void copy_16_bytes_async(void* to, const void* from, int bytes) {
   *static_cast<uint4*>(to) = bytes ? *static_cast<const uint4*>(from) : uint4{};  // rows are padded: all 16 may be read
   for (int i = bytes / 2; i < 8; i++) static_cast<uint16_t*>(to)[i] = 0;
 }
-__device__ __forceinline__ void copy_commit() {}
-template <int n> __device__ __forceinline__ void copy_wait() {}
+__device__ inline void copy_commit() {}
+template <int n> __device__ inline void copy_wait() {}
 #endif
 // clang-format on
-void check(cudaError_t error, const char* call, const char* file,
-           int line);  // a kernel's error surfaces at a later call
+void check(cudaError_t error, const char* call, const char* file, int line);
 constexpr bool real_tensor_cores = true;
 inline const cudaDeviceProp& device() {
   static cudaDeviceProp p = {};
   int number = 0;
   if (p.major == 0 && (cudaGetDevice(&number) != cudaSuccess || cudaGetDeviceProperties(&p, number) != cudaSuccess))
-    fail("no CUDA device answers (%s); `make BACKEND=cpu` builds a program that needs none",
-         cudaGetErrorString(cudaGetLastError()));
+    fail(std::string("no CUDA device answers (") + cudaGetErrorString(cudaGetLastError()) +
+         "); `make BACKEND=cpu` builds a program that needs none");
   return p;
 }
 inline std::string machine() { return device().name + std::string(" (CUDA)"); }
 inline int multiprocessors() { return device().multiProcessorCount; }
+inline size_t max_shared_bytes() { return device().sharedMemPerBlockOptin; }
 inline int cores() { return multiprocessors(); }
-inline int compute_capability() { return 10 * device().major + device().minor; }  // 75 for sm_75
+inline bool bf16_tensor_cores() { return device().major >= 8; }  // sm_80
 inline cudaStream_t stream() {  // all work goes to this one: the default stream cannot be recorded
   static cudaStream_t s = nullptr;
   if (!s) CUDA_CHECK(cudaStreamCreate(&s));
@@ -320,21 +316,27 @@ void launch_shared(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   kernel<<<grid, block, shared_bytes, stream()>>>(args...);
   CUDA_CHECK(cudaGetLastError());
 }
-// A step that is launched again and again: plainly at first, then recorded, from then on replayed as a whole.
+// A step that is launched again and again: first plainly, which allocates what it needs; then recorded and replayed.
 struct Graph {
   bool warm = false;
   std::shared_ptr<std::remove_pointer_t<cudaGraphExec_t>> recorded;
 };
 template <class F> void replay(Graph& graph, F step) {
-  if (!graph.warm) {  // what the step allocates must be there before the recording
+  if (!graph.warm) {
     graph.warm = true;
     return step();
   }
   if (!graph.recorded) {
-    cudaGraph_t nodes;
+    cudaGraph_t nodes = nullptr;
     cudaGraphExec_t recorded = nullptr;
     CUDA_CHECK(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeGlobal));
-    step();
+    try {
+      step();
+    } catch (...) {  // else the stream would go on recording
+      cudaStreamEndCapture(stream(), &nodes);
+      cudaGetLastError();
+      throw;
+    }
     CUDA_CHECK(cudaStreamEndCapture(stream(), &nodes));
     CUDA_CHECK(cudaGraphInstantiateWithFlags(&recorded, nodes, 0));
     CUDA_CHECK(cudaGraphDestroy(nodes));
@@ -379,7 +381,7 @@ inline const char* cudaGetErrorString(cudaError_t e) { return e ? "out of memory
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMalloc(void** p, size_t bytes) {
   static const size_t all = sysconf(_SC_PHYS_PAGES) * size_t(sysconf(_SC_PAGESIZE));
-  const size_t large = 1 << 21;  // in pages of 2 MB, of which the processor's TLB has to remember fewer
+  const size_t large = 1 << 21;  // in pages of 2 MB, so that the processor's TLB needs fewer entries
   if (bytes >= all || posix_memalign(p, bytes < large ? 64 : large, bytes) != 0) return cudaErrorMemoryAllocation;
 #if defined(MADV_HUGEPAGE)
   if (bytes >= large) madvise(*p, bytes, MADV_HUGEPAGE);
@@ -394,24 +396,21 @@ inline void cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
 }
 #define CUDA_CHECK(call) static_cast<void>(call)  // only cudaMalloc can fail
 // Element-wise kernels have one thread a block, with many elements. gemm_tiled's names are explained in the GPU's half.
-constexpr int row_threads = 8, column_threads = 1, element_threads = 1, elements_per_block = 8192;
+constexpr int loss_threads = 32, row_threads = 8, column_threads = 1, element_threads = 1, elements_per_block = 8192;
 constexpr TileSize large_tile = {192, 128}, small_tile = {96, 64};
 constexpr TileSize thread_tile = {48, 64};  // few threads: each costs a switch of stacks at every barrier
-constexpr int tiled_BK = 64;
+constexpr int tiled_BK = 64, TM_parts = 1;
 #if defined(__AVX512F__)
 constexpr int TM = 8, TN = 32, vector_width = 16;  // 16 of 32 registers: sums enough to hide a sum's latency
 #else
 constexpr int TM = 6, TN = 16, vector_width = 8;  // 12 of 16 registers
 #endif
 typedef float Vector __attribute__((vector_size(4 * vector_width), may_alias));
-struct Column {
-  float v[TM];
-};
 __forceinline__ void add_product(Vector& sum, float a, const Vector& b) { sum += a * b; }
 __forceinline__ float element(const Vector& x, int j) { return x[j]; }
 constexpr bool loads_whole_rows = true;  // a thread loads whole cache lines
 __forceinline__ void prefetch(const void* p) { __builtin_prefetch(p); }
-// Eight neighbours at once. Vectors, not memcpy: a register written in parts would stall whoever reads it whole.
+// Eight neighbours at once. Vectors, not memcpy: an instruction that reads a register written in parts would stall.
 typedef uint32_t Bits_8 __attribute__((vector_size(32), may_alias, aligned(4)));
 typedef uint16_t Short_8 __attribute__((vector_size(16), may_alias, aligned(2)));
 typedef float Float_8 __attribute__((vector_size(32), may_alias, aligned(4)));
@@ -422,7 +421,7 @@ __forceinline__ void store(float* p, const float (&x)[8]) { *(Float_8*)p = (cons
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Bits_8{__VA_ARGS__})
 #endif
-// Rows d apart exchange halves: what a has where j & d for what b has where not. j counts 0 to 7, b's elements 8 to 15.
+// Rows d apart exchange halves: a's numbers with j & d set for b's without. j counts 0 to 7, b's elements 8 to 15.
 template <int d, int... j> __forceinline__ void exchange(Float_8* row, std::integer_sequence<int, j...>) {
   UNROLL for (int i = 0; i < 8; i++) {
     if (i & d) continue;
@@ -597,7 +596,7 @@ inline void wait_at(Barrier& barrier, int expected, const char* what) {
   threadIdx = index;
 }
 inline dim3 place(unsigned i, dim3 size) { return {i % size.x, i / size.x % size.y, i / size.x / size.y}; }
-// One after another; one that waits keeps the stack, and another stack goes on here. A kernel must not throw.
+// Runs threads one after another. One that waits keeps this stack; the rest continue on another. Kernels must not throw.
 inline void run_threads() noexcept {
   Block& b = *now;
   while (b.begun < b.size) {
@@ -645,7 +644,7 @@ inline void run_block(int number, const Launch& launch) {
   if (b.alive) jump();  // back when the last thread has ended
 }
 // -- The pool: whoever is free takes the next block --
-inline void wait_a_moment(int waited) {  // most waits are short: not worth a call of the system
+inline void wait_a_moment(int waited) {  // most waits are too short for a system call
   if (waited > 4000) return std::this_thread::sleep_for(std::chrono::microseconds(50));
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -683,7 +682,7 @@ struct Pool {
   }
   void run(const Launch& l) {
     const int blocks = count(l.grid);
-    if (blocks == 1 || helpers.empty()) {  // not worth the telling
+    if (blocks == 1 || helpers.empty()) {  // too little work to wake the helpers
       for (int i = 0; i < blocks; i++) run_block(i, l);
       return;
     }
@@ -696,7 +695,8 @@ struct Pool {
 };
 inline int number_in(const char* name, int most) {
   const char* const s = std::getenv(name);
-  if (std::atoi(s) < 1 || std::atoi(s) > most) fail("%s=%s: must be a whole number from 1 to %d", name, s, most);
+  if (std::atoi(s) < 1 || std::atoi(s) > most)
+    fail(name + std::string("=") + s + ": must be a whole number from 1 to " + std::to_string(most));
   return std::atoi(s);
 }
 inline std::unique_ptr<Pool>& pool() {
@@ -713,7 +713,7 @@ inline std::unique_ptr<Pool>& pool() {
 }
 inline int os_threads() { return int(pool()->helpers.size()) + 1; }
 inline void use_os_threads(int n) { pool() = std::make_unique<Pool>(n); }
-// -- Instructions in which the 32 lanes of a warp meet: the last to come does the work of all --
+// -- Instructions in which the 32 lanes of a warp meet: the last lane to arrive does the work of all --
 template <class Lane, class F> void together(Lane& mine, const char* what, F all_lanes) {
   Warp& warp = now->warp[now->me / 32];
   if (warp.barrier.arrived && std::strcmp(warp.barrier.what, what))
@@ -725,7 +725,7 @@ template <class Lane, class F> void together(Lane& mine, const char* what, F all
 }  // namespace cpu
 template <class T> T* dynamic_shared() { return (T*)cpu::now->shared; }
 inline void __syncthreads() { cpu::wait_at(cpu::now->all, cpu::now->alive, "__syncthreads"); }
-// What gemm_mma is made of, as told in the GPU's half
+// What gemm_mma is made of, as described in the GPU's half
 template <bool transposed> void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   struct Lane {
     uint32_t* r;
@@ -778,10 +778,11 @@ template <int n> void copy_wait() {
   }
   copies.erase(copies.begin(), copies.begin() + long(landed));
 }
+inline size_t max_shared_bytes() { return SIZE_MAX; }
 inline int multiprocessors() { return 1; }        // a product is not split for a CPU's few cores
 inline int cores() { return cpu::os_threads(); }  // each takes a block at a time
 constexpr bool real_tensor_cores = false;
-inline int compute_capability() { return 80; }  // of the instructions imitated above
+inline bool bf16_tensor_cores() { return true; }
 struct Graph {};
 template <class F> void replay(Graph&, F step) { step(); }  // a launch costs next to nothing here
 inline int atomicOr(int* p, int v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
@@ -794,6 +795,6 @@ inline std::string machine() {
   return "CPU, " + std::to_string(cpu::os_threads()) + threads + " (no GPU used: everything works, only slower)";
 }
 #endif
-template <class K, class Size, class Block, class... A> void launch(K kernel, Size grid, Block block, A... args) {
+template <class K, class... A> void launch(K kernel, dim3 grid, dim3 block, A... args) {
   launch_shared(kernel, grid, block, 0, args...);
 }

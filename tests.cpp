@@ -802,19 +802,17 @@ TEST_SUITE("train_step") {
         return bits;
       });
   }
-  TEST_CASE("box B: points x with targets y, in file order") {
-    const Matrix x = random_matrix(1, 3, 11, 2), y = random_matrix(2, 3, 2, 2);
-    const Tensor device_x = on_device(x.floats()), device_y = on_device(y.floats());
+  TEST_CASE("a batch without pixels takes input and targets as they are") {
     Mlp net = network({11, 2}, 2, bf16);
+    const Matrix a0 = random_matrix(1, 2, 11, 2, 0.25), y = random_matrix(2, 2, 2, 2, 0.25);
+    put(net.layer[0].a, a0);
+    put(net.y, y);
     Batch batch;
-    batch.x = device_x.as<float>() + 11;
-    batch.y = device_y.as<float>() + 2;
-    batch.rows = 2;
+    batch.rows = 1;
     preprocess(net, batch, nullptr);
-    for (int n = 0; n < 2; n++) {
-      for (int i = 0; i < 11; i++) CHECK(get(net.layer[0].a)(n, i) == bfloat16_format.round(x(n + 1, i)));
-      for (int i = 0; i < 2; i++) CHECK(get(net.y)(n, i) == y(n + 1, i));
-    }
+    CHECK(net.rows == 1);
+    CHECK(get(net.layer[0].a).v == a0.v);
+    CHECK(get(net.y).v == y.v);
   }
   TEST_CASE("box H: the class of the largest logit, in a partial batch, too") {
     Mlp net = network({20, 9, 4}, 4, fp32), all = network({20, 9, 4}, 11, fp32);
@@ -1242,26 +1240,24 @@ TEST_SUITE("gemm_tiled") {
     check_orders(split);
   }
   TEST_CASE("every layout, type, size and epilogue; NaN and infinity stay") { check_products(whole); }
-  TEST_CASE("K shared out to several blocks") { check_products(split, {fp32}); }
+  TEST_CASE("K shared out to several blocks") { check_products(split); }
   TEST_CASE("operands that do not fit are refused") { check_refusals(whole); }
 }
-static std::vector<Type> mma_types() {  // none on a GPU without tensor cores
-  std::vector<Type> there;
-  for (Type type : types_16)
-    if (tensor_cores(type)) there.push_back(type);
-  return there;
+static std::vector<Type> mma_types() {
+  if (tensor_cores(bf16)) return {fp16, bf16};
+  return {fp16};
 }
 TEST_SUITE("gemm_mma") {
   static const Gemm whole = with_splits(gemm_mma, 0), split = with_splits(gemm_mma, 3);
   TEST_CASE("every layout, 16-bit type, size and epilogue; NaN and infinity stay") {
     check_products(whole, mma_types());
   }
-  TEST_CASE("K shared out to several blocks") { check_products(split, {fp16}); }
-  TEST_CASE("the order of the threads does not matter" * doctest::skip(!tensor_cores(fp16))) {
+  TEST_CASE("K shared out to several blocks") { check_products(split, mma_types()); }
+  TEST_CASE("the order of the threads does not matter") {
     check_orders(with_splits(gemm_mma, 1));
     check_orders(split);
   }
-  TEST_CASE("operands that do not fit are refused, and fp32" * doctest::skip(!tensor_cores(fp16))) {
+  TEST_CASE("operands that do not fit are refused, and fp32") {
     check_refusals(whole);
     const Tensor A = make_tensor(4, 4, fp32);
     CHECK_THROWS_AS(gemm_mma(Layout::AB, A, A, A), Error);
@@ -2040,7 +2036,6 @@ TEST_SUITE("data") {
     says(error_of([&] { write_file(folder.path, ""); }), {folder.path});
     CHECK(folder.files() == 2);  // no temporary file is left
     says(error_of([&] { read_file(folder.path); }), {folder.path});
-    says(error_of([&] { read_file(path + "\n2"); }), {"file?2: "});
   }
   TEST_CASE("two write to one path: whoever reads it sees a whole file") {
     const Folder folder;
@@ -2063,7 +2058,7 @@ TEST_SUITE("data") {
   TEST_CASE("sheets: row r of tiles is digit r mod 10") {
     const Folder folder;
     folder.put("test.png", sheet(1, 3));
-    says(error_of_data(folder), {"train.png or test.png is missing"});
+    says(error_of_data(folder), {"train.png: no such file"});
     folder.put("train.png", sheet(12, 3));
     put_mnist(folder);
     const Dataset data = load_dataset(folder.path);
@@ -2087,7 +2082,7 @@ TEST_SUITE("data") {
   }
   TEST_CASE("MNIST's files, plain and gzipped, by any of their names") {
     const Folder folder;
-    says(error_of([] { load_dataset("no\n"); }), {"no?: ", "make mnist", "make digits"});
+    says(error_of([] { load_dataset("no"); }), {"no: ", "make mnist", "make digits"});
     says(error_of_data(folder), {"train.png", "train-images", "make mnist", "make digits"});
     const string train = "train-images.idx3-ubyte", zipped = "t10k-images.idx3-ubyte.gz",
                  good = images(1, 2, 2, "wxyz");
@@ -2107,7 +2102,7 @@ TEST_SUITE("data") {
     says(with(test_labels, labels({10})), {test_labels, "10", "0 to 9"});
     says(with(test_labels, labels({1, 2})), {"2 labels", "1 images"});
     says(with(test_labels, good), {test_labels, "idx"});
-    says(with(train, images(3, 1, 1, "abc")), {"1", "4 pixels"});
+    says(with(train, images(3, 1, 1, "abc")), {"of 1 pixels", "of 4"});
     says(with(train, images(769546, 494770, 48448661, "abcd")), {train, "4 follow"});  // 2^64 + 4 bytes
     says(with(train, big(0xd03) + images(3, 2, 2, zeros(48)).substr(4)), {train, "float"});
     for (const string& bytes : {gzip(good.substr(0, 9)) + gzip(good.substr(9)), gzip(good) + zeros(512)})
@@ -2162,7 +2157,7 @@ TEST_SUITE("checkpoints") {
          {R"("x":{"dtype":"F32"})" + zeros(0), "\"x\"" + zeros(0), "\"x\\" + zeros(0), x + "}0", number + x})
       says(read_header(inner), {"/m: "});
     for (const string type : {"F64", "F8_E4M3"}) says(read_header(entry("x", type, "8", "0,8")), {"x", type});
-    says(read("PK\x03\x04 and what else PyTorch writes"), {"no safetensors file"});
+    says(read("PK\x03\x04 and what else PyTorch writes"), {"not a safetensors file"});
     damage(tensors(R"({"__metadata__":{"a":"1\n"},)" + x + "}", "12345678"), 8, 0, read);
   }
 }
@@ -2171,16 +2166,15 @@ TEST_SUITE("command_line") {
   TEST_CASE("usage, help and version; each command has its own options") {
     const Workplace w;
     for (const string words : {"", "fly", "test", "test m n", "predict m", "train x"}) refuse(w.run(words), {}, 2);
-    for (const string words :
-         {"test m --lr", "predict m x --seed", "article --lr", "bench --lr", "train --sweep", "train --svg",
-          "compare --precision", "compare --save", "histogram --log", "histogram --resume"})
+    for (const string words : {"test m --lr", "predict m x --seed", "article --lr", "bench --lr", "train --sweep",
+                               "compare --precision", "compare --save", "histogram --log", "histogram --resume"})
       refuse(w.run(words + " 1"), {words.substr(words.find("--"))}, 2);
     const string help = succeed(w.run("--help")).out;
     says(help,
          split("--data [data] --layers [784,128,10] --precision fp32|fp16|bf16|auto [fp16] --loss-scale dynamic|N "
                "--update master|half|kahan|stochastic [master] --scale-init [65536] --growth-interval [2000] "
                "--loss xent|mse [xent] --epochs [15] --batch [64] --lr [0.3] --seed [1] --shuffle [on] "
-               "--init --save --resume --log --sweep scale|lr --svg"));
+               "--init --save --resume --log --sweep scale|lr"));
     says(succeed(w.run("train --help")).out, {"--growth-interval"});
     CHECK(succeed(w.run("--version")).out.rfind("mp ", 0) == 0);
   }
@@ -2202,7 +2196,7 @@ TEST_SUITE("command_line") {
   }
   TEST_CASE("data that cannot be used") {
     const Workplace w;
-    refuse(w.train("--data nowhere"), {"nowhere: "});
+    refuse(w.train("--data 'no\nwhere'"), {"no?where: "});
     refuse(w.train("--layers 784,8,10"), {"784,8,10", "16 pixels", "--layers 16,8,10"});
     refuse(w.train("--layers 16,8,9"), {"16,8,9", "10 classes"});
     refuse(w.train("--layers 16,100000,100000,10"), {"100000"});
@@ -2416,8 +2410,12 @@ TEST_SUITE("checkpoints") {
     refuse(w.resume("m --layers 16,9,10"), {"m: ", "16,8,10", "16,9,10"});
     refuse(w.resume("m --precision fp32 --update half"), {"--update half", "fp32"}, 2);
     fs::create_symlink("m", w.file("link"));
-    for (const string log : {"m", "./m", "link"}) CHECK(w.resume("m --epochs 3 --log " + log).status != 0);
+    for (const string log : {"m", "link"}) refuse(w.resume("m --epochs 3 --log " + log), {log + ": ", "no log"});
     CHECK((w.get("m") == before));
+    // The scale goes on where it was, unless it is told anew.
+    succeed(
+        w.resume("m --save a --epochs 3 --precision fp16 --loss-scale dynamic --growth-interval 7 --scale-init 65536"));
+    says(w.model("a").metadata.at("mp.state"), {"scale 131072 tracker 2 "});
   }
   TEST_CASE("damaged mp.options, mp.state or compensation") {
     const Workplace w;
@@ -2585,30 +2583,23 @@ TEST_SUITE("dynamic_precision") {
 }
 
 TEST_SUITE("histogram") {
-  TEST_CASE("a row a tensor, without the scale and with it, and as SVG") {
+  TEST_CASE("a row a tensor, without the scale and with it") {
     const Workplace w;
-    const Outcome o = succeed(w.run("histogram --data . --layers 16,8,10 --batch 10 --svg h.svg"));
-    says(o.out, {"layer 1, a, ", "layer 1, delta, without loss scale: ", "layer 2, dW, times 65536: ", "▁"});
-    says(w.get("h.svg"), {"<svg", "layer 2, dW", "</svg>"});
+    const Outcome o = succeed(w.run("histogram --data . --layers 16,8,10 --batch 10"));
+    says(o.out, {"layer 1, a: ", "layer 1, delta: ", "layer 2, dW, times 65536: ", "▁"});
     succeed(w.train("--save m"));
-    const string before = w.get("m");
     succeed(w.run("histogram --init m --data ."));
-    CHECK(w.run("histogram --init m --data . --svg m").status != 0);
-    CHECK((w.get("m") == before));
   }
 }
 
 TEST_SUITE("compare") {
-  TEST_CASE("a row a technique; sweeps draw their curves") {
+  TEST_CASE("a row a technique, at each value of a sweep") {
     const Workplace w;
     const string small = "compare --data . --layers 16,8,10 --batch 10 --epochs 1 ";
     const Outcome o = succeed(w.run(small));
     says(o.out, {"fp32", "no loss scaling", "Kahan", "stochastic", "bf16, no master", "auto"});
-    for (const string sweep : {"scale", "lr"}) {
-      succeed(w.run(small + "--sweep " + sweep + " --svg s.svg"));
-      says(w.get("s.svg"), {"<svg", sweep == "lr" ? "bf16, no master" : "2^16", "</svg>"});
-    }
-    refuse(w.run(small + "--svg x"), {"--svg needs --sweep"}, 2);
+    says(succeed(w.run(small + "--sweep scale")).out, {"--loss-scale 0x1p-24\nmixed", "--loss-scale 0x1p24\nmixed"});
+    says(succeed(w.run(small + "--sweep lr")).out, {"--lr 0x1p-14\nmixed", "bf16, no master"});
     refuse(w.run(small + "--sweep size"), {"--sweep 'size'"}, 2);
   }
 }
