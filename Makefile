@@ -210,7 +210,7 @@ check-%:
 	@next=$$(printf '%s\n' $(REGIONS) | sed -n '/^$*$$/{n;p;}'); test -z "$$next" || echo "Next: make exercise-$$next"
 PLACE = walkthrough.md, $(call heading,$*)
 ONLY = --test-suite=$* --reporters=student
-LIMIT = $(if $(findstring mma,$*),90,30)
+LIMIT = $(if $(findstring gemm,$*),90,30)
 LIMITED = ulimit -c 0; ulimit -S -t $(LIMIT); export MP_ORDER=forward
 # The innermost two lines of mp.cu, without those of Matrix and of what it calls
 FIND = $(MAKE) -s $(X)/tests-asan >$(X)/asan 2>&1; \
