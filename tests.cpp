@@ -232,8 +232,8 @@ struct Tally {
   std::string words() const {
     const std::string s = text("%s\n%ld of %ld wrong", property.c_str(), wrong, total) + example + "\n";
     for (auto& [mistake, times] : fits)
-      if (times >= wrong) return s + "This is what comes of " + mistake + ".";
-    if (zero == wrong && subnormal == wrong) return s + "This is what comes of making subnormal results zero.";
+      if (times >= wrong) return s + "This comes from " + mistake + ".";
+    if (zero == wrong && subnormal == wrong) return s + "This comes from making subnormal results zero.";
     if (subnormal == wrong) return s + "Subnormal results alone are wrong.";
     if (zero == wrong) return s + "Every wrong result is 0: is something never written?";
     if (nan == wrong)
