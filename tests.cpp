@@ -241,7 +241,7 @@ struct Tally {
              "All of them are NaN, as are padding, rows below and what is not written yet:\n"
              "is a bound missing, are rows and columns exchanged, is something not written?";
     if (double(cut) > 0.9 * double(wrong)) return s + "This is what truncation gives: the dropped bits are ignored.";
-    if (away == wrong) return s + "This is what rounding ties up gives: a tie goes to the even neighbour.";
+    if (away == wrong) return s + "This is what rounding ties up gives: ties go to the even neighbour.";
     const bool one_factor = largest_ratio - least_ratio <= 0.01 * std::fabs(largest_ratio);
     if (wrong == 1 || !std::isfinite(largest_ratio) || !one_factor) return s;
     return s + text("All of them are %.4g times what is wanted.", largest_ratio);
