@@ -113,6 +113,12 @@ template <class T, int n> __device__ __forceinline__ void store(T* p, const floa
   UNROLL for (int j = 0; j < n; j++) round_to(packed.v[j], x[j]);
   *(Packed<T, n>*)p = packed;
 }
+// Looks at the type once, not at every access: calls f with a zero of that type, decltype(zero) in f.
+template <class F> __device__ __forceinline__ void with_type(Type type, F f) {
+  if (type == Type::fp32) f(0.f);
+  else if (type == Type::fp16) f(half{});
+  else f(bfloat16{});
+}
 // A tensor as a kernel sees it. Its type is known at run time only; all threads of a launch take the same branch.
 struct Matrix {
   void* data;
@@ -120,14 +126,10 @@ struct Matrix {
   int rows, cols, stride;  // the number at (row, col) is number row * stride + col
   template <class T> __device__ __forceinline__ T* as() const { return (T*)data; }
   template <int n> __device__ __forceinline__ void load(size_t i, float (&x)[n]) const {
-    if (type == Type::fp32) ::load(as<float>() + i, x);
-    else if (type == Type::fp16) ::load(as<half>() + i, x);
-    else ::load(as<bfloat16>() + i, x);
+    with_type(type, [&](auto zero) { ::load(as<decltype(zero)>() + i, x); });
   }
   template <int n> __device__ __forceinline__ void store(size_t i, const float (&x)[n]) const {
-    if (type == Type::fp32) ::store(as<float>() + i, x);
-    else if (type == Type::fp16) ::store(as<half>() + i, x);
-    else ::store(as<bfloat16>() + i, x);
+    with_type(type, [&](auto zero) { ::store(as<decltype(zero)>() + i, x); });
   }
   __device__ float operator()(int row, int col) const {
     float x[1];
@@ -137,12 +139,6 @@ struct Matrix {
   __device__ void set(int row, int col, float x) const { store(size_t(row) * stride + col, {x}); }
 };
 static Matrix matrix(const Tensor& t) { return {t.memory.get(), t.type, t.rows, t.cols, t.stride}; }
-// Looks at the type once, not at every access: calls f with a zero of that type, decltype(zero) in f.
-template <class F> __device__ __forceinline__ void with_type(Type type, F f) {
-  if (type == Type::fp32) f(0.f);
-  else if (type == Type::fp16) f(half{});
-  else f(bfloat16{});
-}
 
 // ==== 2.3 The architecture: one training step, boxes A to G ====
 void train_step(Mlp& net, const Batch& batch, LossScaler& scaler, float lr) {
@@ -608,9 +604,7 @@ static Product product(Layout layout, const Tensor& A, const Tensor& B, const Te
   const bool bias_fits = !e.bias || (p.bias.cols == p.N && p.bias.type == A.type);
   const bool mask_fits = !e.mask || (p.mask.rows >= p.M && p.mask.cols == p.N && p.mask.type == A.type);
   if (!a_fits || !b_fits || !bias_fits || !mask_fits || p.K < 1 || A.type != B.type)
-    fail(format(
-        "a matrix product of [%d, %d] and [%d, %d] into [%d, %d]: sizes or types of operands, bias or mask differ",
-        A.rows, A.cols, B.rows, B.cols, C.rows, C.cols));
+    fail("a matrix product: sizes or types of the operands, the bias or the mask do not fit each other");
   return p;
 }
 void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {

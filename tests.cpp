@@ -2055,7 +2055,7 @@ TEST_SUITE("data") {
     says(with(test_labels, labels({10})), {test_labels, "10", "0 to 9"});
     says(with(test_labels, labels({1, 2})), {"2 labels", "1 images"});
     says(with(test_labels, good), {test_labels, "idx"});
-    says(with(train, images(3, 1, 1, "abc")), {"1", "4 pixels"});
+    says(with(train, images(3, 1, 1, "abc")), {"of 1 pixels", "of 4"});
     says(with(train, images(769546, 494770, 48448661, "abcd")), {train, "4 follow"});  // 2^64 + 4 bytes
     says(with(train, big(0xd03) + images(3, 2, 2, zeros(48)).substr(4)), {train, "float"});
     for (const string& bytes : {gzip(good.substr(0, 9)) + gzip(good.substr(9)), gzip(good) + zeros(512)})
