@@ -2,11 +2,11 @@
 # make run         learns the digits in data/;  make run ARGS="--precision fp32" passes options on
 # make test        runs all tests;  make test SANITIZE=1 runs them under AddressSanitizer and UBSan
 # make exercises   lists the exercises: pieces of mp.cu for you to write, each with a check and two hints
+# make check-all   checks all that you have begun;  make check-all FOLDERS="DIR DIR": a row for each checkout
 # make plots       draws data/scale.svg and data/rate.svg again
 # make mnist       downloads MNIST into build/mnist;  make digits draws data/ again
 # make fuzz        feeds RUNS=100000 damaged inputs to each reader of files, with clang++;  make fuzz READERS=gz: to one
-# make cuda-check  compiles for every GPU that this nvcc knows, and needs no GPU itself
-# make gpu         tests and measures on a GPU
+# make cuda-check  compiles for every GPU that this nvcc knows, and needs none;  make gpu tests and measures on one
 # make walkthrough copies the regions of mp.cu into walkthrough.md;  make format;  make clean
 # BACKEND=cpu or BACKEND=cuda forces one;  CXX=clang++ chooses another compiler
 BACKEND ?= $(if $(and $(shell command -v nvcc),$(shell nvidia-smi -L 2>/dev/null)),cuda,cpu)
@@ -34,7 +34,7 @@ ifeq ($(BACKEND),cuda)
   FLAGS += -DMP_CUDA
 endif
 
-.PHONY: all run test plots packages fuzz mnist digits cuda-check gpu exercises walkthrough format clean FORCE
+.PHONY: all run test plots packages fuzz mnist digits cuda-check gpu exercises check-all walkthrough format clean FORCE
 all: $(B)/mp
 	@echo "built $(B)/mp ($(BACKEND)). Next: make run, make test, build/mp --help; walkthrough.md tells the story"
 run: $(B)/mp
@@ -66,17 +66,16 @@ $(B)/tests: $(B)/tests.o $(B)/mp.o
 HEADERS = \043include <stb/stb_image.h>\n\043include <doctest/doctest.h>\n
 MISSING = $(shell printf '$(HEADERS)' | $(CXX) -x c++ -fsyntax-only - 2>/dev/null || echo yes)
 INSTALL = apt-get install -y -q doctest-dev libstb-dev
+AS_ROOT = $(if $(filter 0,$(shell id -u)),env,$(shell command -v sudo))
 packages:
-	@test -z "$(MISSING)" || if command -v apt-get >/dev/null; then \
-	  test $$(id -u) = 0 || sudo=sudo; \
-	  echo "installing the packages doctest-dev and libstb-dev: $$sudo $(INSTALL)"; \
-	  $$sudo $(INSTALL) >/dev/null 2>&1 || { $$sudo apt-get update -q && $$sudo $(INSTALL); }; \
-	else \
-	  echo "mp needs a C++17 compiler and the headers <doctest/doctest.h> and <stb/stb_image.h>:"; \
-	  echo "  Fedora: dnf install doctest-devel stb-devel"; \
-	  echo "  macOS:  brew install doctest, and stb_image.h from github.com/nothings/stb in a folder stb/ on CPATH"; \
-	  exit 1; \
-	fi
+	@test -z "$(MISSING)" || { test -n "$(AS_ROOT)" && command -v apt-get >/dev/null && \
+	  echo "installing packages: $(AS_ROOT) $(INSTALL)" && \
+	  { $(AS_ROOT) $(INSTALL) >/dev/null 2>&1 || { $(AS_ROOT) apt-get update -q && $(AS_ROOT) $(INSTALL); }; }; } || { \
+	  echo "mp needs a C++17 compiler and the headers of doctest and stb. Packages:"; \
+	  echo "  Debian doctest-dev and libstb-dev, Fedora doctest-devel and stb-devel. Else put"; \
+	  echo "  doctest.h from github.com/doctest/doctest into ~/include/doctest/ and"; \
+	  echo "  stb_image.h from github.com/nothings/stb into ~/include/stb/. Then"; \
+	  echo "  export CPLUS_INCLUDE_PATH=~/include, and make again."; exit 1; }
 
 # Each parser (pictures, data files, checkpoints, options) under AddressSanitizer and UBSan. Inputs that reach new code
 # are kept in build/fuzz/corpus.
@@ -97,14 +96,16 @@ fuzz: build/fuzz/mp $(B)/tests
 	  echo "$$reader: $$(sed -n 's/stat::number_of_executed_units: *//p' build/fuzz/log) inputs, no finding"; \
 	done
 
+MNIST_FILES = train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1
 MNIST = https://ossci-datasets.s3.amazonaws.com/mnist
 build/mnist/%.gz:
 	@mkdir -p build/mnist
 	@echo "downloading $(MNIST)/$*.gz"
-	@curl -fsSL $(MNIST)/$*.gz -o build/mnist/part || \
-	  { echo "could not download $(MNIST)/$*.gz: is the network up, and is curl installed?"; exit 1; }
+	@curl -fsSL $(MNIST)/$*.gz -o build/mnist/part || { \
+	  echo "no download: is the network up, is curl there? Or put into build/mnist:"; \
+	  printf '  %s-ubyte.gz\n' $(MNIST_FILES); exit 1; }
 	@mv build/mnist/part $@
-mnist: $(patsubst %,build/mnist/%-ubyte.gz,train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1)
+mnist: $(MNIST_FILES:%=build/mnist/%-ubyte.gz)
 	@cd build/mnist && printf '%s  %s-ubyte.gz\n' \
 	  db8f937d487057fb14a9f0fbe97f0bc8d311ab41b750d41e1ff37c43b9e55e19 train-images-idx3 \
 	  51fc562b6747b666fbf6e84ce29d43c3cb5f9c388c664d43b33f02095313405a train-labels-idx1 \
@@ -139,92 +140,111 @@ gpu:
 	@cd build/gpu; awk 'NR == 1 || /batch|rung|^784|^A.* 4096 .*(fp32 *tiled|mma)|cases:|SUMMARY/ { gsub(/ *[|] */, ", "); \
 	  print "| " FILENAME " | " $$0 " |" } NR == 1 { print "| --- | --- |" }' bench tests *check
 
-# ---- Exercises: the regions of mp.cu, emptied one by one. Their titles and hints are in walkthrough.md. ----
-# A check builds for the CPU without optimising, and compiles the tests once for all exercises: it takes seconds.
+# ---- Exercises: the regions of mp.cu, emptied one by one. Their texts and hints are in walkthrough.md. ----
+# A check builds for the CPU without optimising, and compiles the tests once for all exercises.
 CLASS = $(CXX) -x c++ -std=c++17 $(WARN) -Wno-unused $(NATIVE) -pthread
+ASAN = -fsanitize=address -DMP_ASAN
 REGIONS = $(shell awk '$$1 == "//{" { print $$2 }' mp.cu)
 X = build/exercise-$*
-# The limit on a check in seconds. Its signal is ALRM, because doctest takes TERM for a crash of the test.
-LIMIT = 60
-TIMED = $(if $(shell command -v timeout),timeout -s ALRM $(LIMIT),perl -e 'alarm shift; exec @ARGV' $(LIMIT))
 # What mp.cu and walkthrough.md say about the exercise $(1)
 code = awk -v name=$(1) '$$1 == "//}" { inside = 0 } inside; $$1 == "//{" && $$2 == name { inside = 1 }'
 heading = $$(sed "/^[*][*]Exercise $(1):/q" walkthrough.md | sed -n 's/^\#\#* //p' | tail -1)
 title = $$(sed -n "s/^[*][*]Exercise $(1): \(.*\)[.][*][*].*/\1/p" walkthrough.md)
-reason = $$(sed -n "/^[*][*]Exercise $(1):/,/^When it passes/s/^When it passes: //p" walkthrough.md)
-hint = echo "hint $(2) of 2:"; sed -n "/summary>$(1), two hints</,/details>/s/^$(2)[.] //p" walkthrough.md | fold -s -w 100
+text = sed -n "/^[*][*]Exercise $(1):/,/^When it passes/p" walkthrough.md
+task = $(text) | sed '/^When it passes/d; s/^[*][*]Exercise [^*]*[*][*] *//'
+reason = $$($(text) | sed -n 's/^When it passes: //p')
+hint = echo "hint $(2) of 2:"; sed -n "/summary>$(1), two hints</,/details>/p" walkthrough.md | \
+  awk '/^[12][.] / { on = $$1 == "$(2)." } /^$$|^</ { on = 0 } on { print substr($$0, 4) }'
 # Conditions of the rules below, each with what it says where it does not hold
 KNOWN = test -n "$(filter $*,$(REGIONS))" || { echo "there is no exercise $*; make exercises lists them"; exit 1; }
 STARTED = test -d $(X) || { echo "$*: not started. make exercise-$* makes $(X) for you"; exit 1; }
 MARKED = grep -Eq '//[{] $*( |$$)' $(X)/mp.cu || \
-  { echo "$*: the lines //{ $* and //} are gone from $(X)/mp.cu: put them back around your code"; exit 1; }
-WRITTEN = $(call code,$*) $(X)/mp.cu | grep -Evq '^ *(//.*)?$$' || \
-  { echo "$*: not started: the region in $(X)/mp.cu is still empty. make hint-$* helps"; exit 1; }
+  { echo "$*: the lines //{ $* and //} are gone from $(X)/mp.cu: put them back"; exit 1; }
+begun = { test -d build/exercise-$(1) && $(call code,$(1)) build/exercise-$(1)/mp.cu | grep -Evq '^ *(//.*)?$$'; }
+WRITTEN = $(call begun,$*) || { echo "$*: not started: its region is still empty. make hint-$* helps"; exit 1; }
+# Everything in its folder but mp.cu and walkthrough.md is the checkout's own.
+LINKED = cd $(X) && ln -sf ../../Makefile ../../mp.h ../../tests.cpp ../../data .
 
 exercises:
 	@for name in $(REGIONS); do \
-	  folder=build/exercise-$$name; \
-	  if ! test -d $$folder || ! $(call code,$$name) $$folder/mp.cu | grep -Evq '^ *(//.*)?$$'; then state="not started"; \
-	  elif test $$folder/passed -nt $$folder/mp.cu; then state=done; \
-	  elif test $$folder/tried -nt $$folder/mp.cu; then state="tried, fails"; \
-	  else state="not checked"; fi; \
-	  printf '%-12s  %-19s  %s\n' "$$state" $$name "$(call title,$$name)"; \
+	  if ! $(call begun,$$name); then state="not started"; \
+	  elif test build/exercise-$$name/passed -nt build/exercise-$$name/mp.cu; then state=done; else state=begun; fi; \
+	  printf '%-11s  %-19s  %s\n' "$$state" $$name "$(call title,$$name)"; \
 	done
-	@echo "Begin one with make exercise-NAME; edit build/exercise-NAME/mp.cu; make check-NAME; make hint-NAME"
+	@echo "Begin one with make exercise-NAME. Then make check-NAME; make hint-NAME; make check-all"
 exercise-%:
-	@$(KNOWN)
-	@test ! -e $(X) || { echo "$(X) holds your work and stays. To begin anew: rm -r $(X), then make exercise-$*"; exit 1; }
-	@mkdir -p $(X)
-	@cp Makefile mp.h tests.cpp walkthrough.md $(X)
-	@ln -s ../../data $(X)/data
+	@$(KNOWN); test ! -e $(X) || { echo "$(X) holds your work. To begin anew, first rm -r it"; exit 1; }
+	@mkdir -p $(X); $(LINKED)
 	@awk -v name=$* '$$1 == "//}" { inside = 0 } !inside; \
 	  $$1 == "//{" && $$2 == name { inside = 1; sub(/\/\/.*/, "// your code"); print }' mp.cu > $(X)/mp.cu
-	@echo "$*: $(call title,$*)"
-	@echo "walkthrough.md, $(call heading,$*)"
-	@line=$$(sed -n '/\/\/ your code/=' $(X)/mp.cu); \
-	  echo "Write your code in $(X)/mp.cu, line $$line, between //{ $* and //}; then make check-$*"
+	@awk '/^```$$/ { inside = 0 } !inside; /^<!-- region $* -->/ { here = 1 } \
+	  /^```cpp/ && here { here = 0; inside = 1; print "// your code" }' walkthrough.md > $(X)/walkthrough.md
+	@echo "$*: $(call title,$*)"; echo "$(PLACE)"; echo; $(call task,$*); echo; \
+	echo "Write it in $(X)/mp.cu, line $$(sed -n '/\/\/ your code/=' $(X)/mp.cu)."; echo "Then make check-$*"
+# First the verdict, then what the tests report, then what the program itself prints: 20 lines of it. Shared memory
+# starts as NaN (MP_ORDER). After a crash the same tests run under AddressSanitizer, which knows the line.
 check-%:
-	@$(KNOWN)
-	@$(STARTED)
-	@$(MARKED)
-	@$(WRITTEN)
-	@$(MAKE) -s build/class/tests.o
-	@touch $(X)/tried; rm -f $(X)/passed
-	@line=$$(awk '$$1 == "//{" && $$2 == "$*" { print NR }' $(X)/mp.cu); \
-	  echo "$*   $(X)/mp.cu:$$line   walkthrough.md, $(call heading,$*)"
-	@cd $(X); if cmp -s mp.h ../../mp.h && cmp -s tests.cpp ../../tests.cpp; then cp ../class/tests.o .; \
-	  else $(CLASS) -O1 -c tests.cpp -o tests.o; fi
-	@cd $(X); $(CLASS) -O0 -g -c mp.cu -o mp.o 2>errors || \
-	  { head -30 errors; echo "$*: mp.cu does not compile. Begin with the first error"; exit 1; }
-	@cd $(X); cat errors; $(CXX) -pthread tests.o mp.o -o tests
-	@cd $(X); $(TIMED) ./tests --test-suite=$* --reporters=student; \
-	case $$? in \
-	  0) touch passed;; \
-	  124|142) echo "$*: stopped after $(LIMIT) seconds: a loop that never ends, or threads that wait for each other?"; exit 1;; \
-	  135|136|137|138|139) echo "$*: crashed. Where? gdb -ex run --args $(X)/tests --test-suite=$*"; \
-	    echo "Or: cd $(X) && make test SANITIZE=1 ARGS=--test-suite=$*, which names the line that read or wrote too far"; exit 1;; \
-	  *) echo "$*: not yet right. Edit the region, then make check-$* again; make hint-$* (two hints)"; exit 1;; \
-	esac
-	@echo "$*: done; $(call reason,$*)"
+	@$(KNOWN); $(STARTED); $(MARKED); $(WRITTEN); $(LINKED); rm -f passed report
+	@$(MAKE) -s build/class/tests.o && { test ! -t 1 || printf 'checking\r'; }
+	@$(MAKE) -s $(X)/tests 2>$(X)/errors || \
+	  { echo "$*: does not compile. Begin with the first error"; head -30 $(X)/errors; exit 1; }
+	@cd $(X); $(LIMITED); { (exec ./tests $(ONLY) --out=report 2>&1); echo $$? >status; } 2>/dev/null | fold -w 76 | \
+	  awk 'NR <= 20 { print "  | " $$0 } END { if (NR > 20) print "  | and " NR - 20 " more lines" }' >printed
+	@case $$(cat $(X)/status) in \
+	  0) why=done;; \
+	  1) why="not yet right";; \
+	  152) why="stopped after $(LIMIT) seconds of computing: an endless loop, or much printed?";; \
+	  *) why="crashed: a row, column or count beyond an array?";; \
+	esac; \
+	ended=$$(sed -n 's/^  | block (.*: \([^(]*\).*/\1/p' $(X)/printed); test -z "$$ended" || why="stopped: $$ended"; \
+	echo "$*: $$why"; echo "$(X)/mp.cu:$$(sed -n '/\/\/{ $*/=' $(X)/mp.cu)"; echo "$(PLACE)"; \
+	cat $(X)/errors $(X)/report; \
+	test ! -s $(X)/printed || { echo "Printed by the program:"; cat $(X)/printed; }; \
+	case $$why in \
+	  done) exit;; \
+	  not*) echo "Edit the region and check again; make hint-$* gives two hints"; exit 1;; \
+	  crashed*) echo "Looking for the line, under AddressSanitizer:"; $(FIND);; \
+	esac; \
+	echo "In a debugger: cd $(X)"; echo "MP_THREADS=1 gdb -ex run --args ./tests -ts=$* --no-breaks"; exit 1
+	@touch $(X)/passed; echo "Why it matters: $(call reason,$*)" | fold -s -w 79
 	@next=$$(printf '%s\n' $(REGIONS) | sed -n '/^$*$$/{n;p;}'); test -z "$$next" || echo "Next: make exercise-$$next"
-# The first call gives hint 1, the second hint 2, any further one both.
+PLACE = walkthrough.md, $(call heading,$*)
+ONLY = --test-suite=$* --reporters=student
+LIMIT = $(if $(findstring mma,$*),90,30)
+LIMITED = ulimit -c 0; ulimit -S -t $(LIMIT); export MP_ORDER=forward
+# The innermost two lines of mp.cu, without those of Matrix, load() and store()
+FIND = $(MAKE) -s $(X)/tests-asan >$(X)/asan 2>&1; \
+  { (cd $(X); $(LIMITED); MP_THREADS=1 exec ./tests-asan $(ONLY) --out=/dev/null >/dev/null 2>asan); } 2>/dev/null; \
+  sed -nE '/ERROR: Addr/,/^$$/s/^ *\#.* in (void )?([A-Za-z0-9_]+).*(mp.cu:[0-9]+).*/  \3, in \2/p' $(X)/asan | \
+    grep -v ' Matrix$$\| load$$\| store$$' | head -2 | grep . || echo "  not found"
+# All exercises begun in this checkout, or a row for each of several checkouts
+check-all:
+ifdef FOLDERS
+	@echo "Exercises $(firstword $(REGIONS)) to $(lastword $(REGIONS)): + done, x fails, . not started"
+	@for folder in $(FOLDERS); do \
+	  $(MAKE) -s -C $$folder check-all FOLDERS= | awk -v folder=$$folder '{ seconds += $$3 } \
+	    { marks = marks ($$2 == "done" ? "+" : $$2 == "fails" ? "x" : ".") } \
+	    END { printf "%-36s %s %2d of %d, %4d s\n", folder, marks, gsub(/[+]/, "+", marks), NR, seconds }'; \
+	done
+else
+	@for name in $(REGIONS); do \
+	  begin=$$(date +%s); $(call begun,$$name) || { printf '%-20s not started\n' $$name; continue; }; \
+	  why=$$($(MAKE) -s check-$$name 2>/dev/null) && state=done || state=fails; \
+	  why=$$(echo "$$why" | sed -n "s/^$$name: \(done\)*//p"); \
+	  printf '%-20s %-6s %4d s   %.46s\n' $$name $$state $$(($$(date +%s) - begin)) "$$why"; \
+	done
+endif
+# The first call gives hint 1, a further one hint 2 as well.
 hint-%:
-	@$(KNOWN)
-	@$(STARTED)
-	@case $$(cat $(X)/hinted 2>/dev/null) in \
-	  "") $(call hint,$*,1); echo 1 > $(X)/hinted;; \
-	  1) $(call hint,$*,2); echo 2 > $(X)/hinted;; \
-	  *) $(call hint,$*,1); $(call hint,$*,2); \
-	    echo "There is no third hint. The code itself is in walkthrough.md, $(call heading,$*)";; \
-	esac
-build/class/tests.o: tests.cpp mp.h | packages
-	@mkdir -p build/class
-	@echo "compiling the tests, once for all exercises"
-	$(CLASS) -O1 -c tests.cpp -o $@
-# A variant of mp.cu in a folder of its own, for .ci/run
-build/class/%/tests: build/class/%/mp.cu mp.h build/class/tests.o
-	$(CLASS) -O0 -w -I. -c $< -o build/class/$*/mp.o
-	$(CXX) -pthread build/class/tests.o build/class/$*/mp.o -o $@
+	@$(KNOWN); $(STARTED); $(call hint,$*,1)
+	@test ! -e $(X)/hinted || { $(call hint,$*,2); echo "The code: $(PLACE)"; }; touch $(X)/hinted
+build/class/tests.o build/class/tests-asan.o: tests.cpp mp.h | packages
+	@mkdir -p build/class; echo "compiling the tests, once for all exercises"
+	$(CLASS) $(if $(findstring asan,$@),$(ASAN),-O1) -c tests.cpp -o $@
+build/%/tests: build/%/mp.cu mp.h build/class/tests.o
+	$(CLASS) -g -I. $< -x none build/class/tests.o -o $@
+build/%/tests-asan: build/%/mp.cu mp.h build/class/tests-asan.o
+	$(CLASS) -g $(ASAN) -I. $< -x none build/class/tests-asan.o -o $@
 
 # Copies each region into walkthrough.md: into the code block after the line <!-- region NAME -->.
 # First both files must name the same regions, each once.

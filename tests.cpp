@@ -41,6 +41,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 }
 #else
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#define DOCTEST_CONFIG_NO_POSIX_SIGNALS  // a crash must end the program at once
 #include <doctest/doctest.h>
 #include <fcntl.h>
 #include <sys/resource.h>
@@ -128,12 +129,17 @@ static std::string name_of(const Map& map) {
   return name;
 }
 
-// ---- The reporter of `make check-NAME`: a line for each test, and the first message of each that fails ----
+// ---- The reporter of `make check-NAME`: a line for each test, and the first message of each that fails. What it writes
+// when a test begins stays if the test never ends; else it is overwritten. ----
 struct ForStudents : doctest::IReporter {
-  const doctest::TestCaseData* test = nullptr;
-  std::string first;
+  std::ostream& out;
+  std::streampos start = 0;
+  std::string name, first;
   int failures = 0;
-  explicit ForStudents(const doctest::ContextOptions&) {}
+  explicit ForStudents(const doctest::ContextOptions& options) : out(*options.cout) {
+    setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // a crash must not swallow what the program has printed
+  }
+  void line(const char* verdict) { out << text("  %-5s ", verdict) << name << "\n" << std::flush; }
   void failed(const std::string& why) {
     if (failures == 0) first = why;
     failures++;
@@ -141,24 +147,23 @@ struct ForStudents : doctest::IReporter {
   void report_query(const doctest::QueryData&) override {}
   void test_run_start() override {}
   void test_run_end(const doctest::TestRunStats&) override {}
-  void test_case_start(const doctest::TestCaseData& started) override {
-    test = &started;
+  void test_case_start(const doctest::TestCaseData& test) override {
+    name = test.m_name;
     failures = 0;
-    first.clear();
+    start = out.tellp();
+    line("HERE");
   }
   void test_case_reenter(const doctest::TestCaseData&) override {}
   void test_case_end(const doctest::CurrentTestCaseStats&) override {
-    if (!test) return;  // after a crash it is called twice
-    printf("  %-5s %s\n", failures > 0 ? "FAIL" : "ok", test->m_name);
-    std::istringstream lines(first);
-    for (std::string line; std::getline(lines, line);) printf("          %s\n", line.c_str());
-    if (failures > 1) printf("          and %d more checks of this test fail\n", failures - 1);
-    fflush(stdout);  // what follows may never end
-    test = nullptr;
+    if (start >= 0) out.seekp(start);  // a terminal cannot go back
+    line(failures > 0 ? "FAIL" : "ok");
+    std::istringstream lines(failures > 0 ? first : "");
+    for (std::string words; std::getline(lines, words);) out << "          " << words << "\n";
+    if (failures > 1) out << "          further failures in this test: " << failures - 1 << "\n";
+    out << std::flush;
   }
   void test_case_exception(const doctest::TestCaseException& thrown) override {
-    failed(std::string(thrown.is_crash ? "crashed: " : "stopped: ") + thrown.error_string.c_str());
-    if (thrown.is_crash) test_case_end({});
+    failed("it stopped: " + std::string(thrown.error_string.c_str()));
   }
   void subcase_start(const doctest::SubcaseSignature&) override {}
   void subcase_end() override {}
@@ -166,83 +171,85 @@ struct ForStudents : doctest::IReporter {
   void log_message(const doctest::MessageData& message) override { failed(message.m_string.c_str()); }
   void log_assert(const doctest::AssertData& check) override {
     if (!check.m_failed) return;
-    std::ostringstream why;
-    for (int i = 0; i < get_num_active_contexts(); i++) {
-      get_active_contexts()[i]->stringify(&why);
-      why << "\n";
-    }
-    const bool tally = why.tellp() > 0 && !strchr(check.m_expr, ' ');  // its words are enough
-    if (!tally)
-      why << check.m_file << ":" << check.m_line << ": " << check.m_expr << " is not so: " << check.m_decomp.c_str();
-    if (check.m_threw) why << " it stopped: " << check.m_exception.c_str();
+    std::ostringstream why;  // words, where there are any
+    for (int i = 0; i < get_num_active_contexts(); i++) get_active_contexts()[i]->stringify(&why);
+    if (why.tellp() == 0) why << check.m_file << ":" << check.m_line << ": wanted " << check.m_expr;
+    if (check.m_threw) why << "\nit stopped: " << check.m_exception.c_str();
     failed(why.str());
   }
 };
 REGISTER_REPORTER("student", 1, ForStudents);
 
-// ---- Tally: one property of many values, checked at the end of its scope. It reports how many fail, the smallest or
-// first of them, and the usual mistake that would explain them all. ----
+// ---- Tally: one property of many values, checked at the end of its scope. It reports how many fail, one of them, and the
+// usual mistake that would explain them all. ----
 using Mistakes = std::vector<std::pair<const char*, double>>;  // what each usual mistake gives instead
 struct Tally {
-  std::string property, first;
-  long total = 0, wrong = 0, cut = 0, away = 0, zero = 0, nan = 0;
-  double smallest = infinite, least_ratio = infinite, largest_ratio = -infinite;
+  std::string property, example;
+  long total = 0, wrong = 0, cut = 0, away = 0, zero = 0, nan = 0, subnormal = 0;
+  double best = infinite, least_ratio = infinite, largest_ratio = -infinite;
   std::map<std::string, long> fits;  // how many wrong results are what a usual mistake would give
   explicit Tally(std::string what) : property(std::move(what)) {}
   Tally(const Tally&) = delete;
-  ~Tally() noexcept(false) {
-    const bool every_value_is_right = total > 0 && wrong == 0;
-    CHECK_MESSAGE(every_value_is_right, words());
-  }
-  void check(bool good, double size, const std::string& failure) {
+  ~Tally() noexcept(false) { CHECK_MESSAGE((total > 0 && wrong == 0), words()); }
+  void check(bool good, double rank, const std::string& failure) {  // the failure of the least rank becomes the example
     total++;
     if (good) return;
     wrong++;
-    if (size >= smallest) return;
-    smallest = size;
-    first = failure;
+    if (rank >= best) return;
+    best = rank;
+    example = failure;
   }
   void rounded(const Format& f, double x, uint16_t got) {  // is `got` x, rounded?
     const uint16_t want = f.encode(x);
     if (std::isnan(x) ? std::isnan(f.decode(got)) : got == want) return check(true, 0, "");
     cut += got == f.encode(x, cut_off);
     away += got == f.encode(x, ties_away);
-    zero += got == 0;
+    zero += (got & 0x7fff) == 0;
+    subnormal += std::fabs(x) < std::ldexp(1, f.lowest);
     const bool tie = std::fabs(f.decode(f.encode(x, cut_off)) - x) == f.half_step(x);
-    check(false, std::fmin(std::fabs(x), DBL_MAX),
-          text("input  %.9g (0x%08x)%s\n got    0x%04x = %.9g\n want   0x%04x = %.9g", x, same_bits<uint32_t>(float(x)),
-               tie ? ", halfway between two neighbours" : "", got, f.decode(got), want, f.decode(want)));
+    check(false, std::fmin(std::fabs(std::log2(std::fabs(x))), DBL_MAX),  // ordinary numbers first
+          text("\n  input  %.9g (0x%08x)%s\n  got    0x%04x = %.9g\n  want   0x%04x = %.9g", x,
+               same_bits<uint32_t>(float(x)), tie ? ", halfway between two neighbours" : "", got, f.decode(got), want,
+               f.decode(want)));
   }
-  void near(double got, double want, double tolerance, int row = 0, int col = 0, const Mistakes& mistakes = {}) {
-    const auto is = [&](double x) {  // whatever the tolerance, no finite number is infinity
-      return got == x || std::fabs(got - x) <= std::min(tolerance, DBL_MAX);
+  void near(double got, double want, double tolerance, int row = -1, int col = 0, const Mistakes& mistakes = {}) {
+    const auto is = [&](double x, double slack) {  // whatever the tolerance, no finite number is infinity
+      return got == x || (std::isnan(got) && std::isnan(x)) ||
+             std::fabs(got - x) <= std::min(tolerance + slack, DBL_MAX);
     };
     total++;
-    if ((std::isnan(want) && std::isnan(got)) || is(want)) return;
+    if (is(want, 0)) return;
     zero += got == 0;
     nan += std::isnan(got);
-    for (auto& [mistake, value] : mistakes) fits[mistake] += is(value);
+    for (auto& [mistake, x] : mistakes) fits[mistake] += is(x, 4 * e * std::fabs(x));
     least_ratio = std::min(least_ratio, got / want);
     largest_ratio = std::max(largest_ratio, got / want);
-    if (wrong == 0) first = text("[%d, %d]\n got    %.9g\n want   %.9g, to %.2g", row, col, got, want, tolerance);
+    if (wrong == 0 && row >= 0) example = text(", the first is [%d, %d]", row, col);
+    if (wrong == 0) example += text("\n  got    %.9g\n  want   %.9g", std::isnan(got) ? NAN : got, want);
+    if (wrong == 0 && tolerance > 0) example += text(", to %.2g", tolerance);
     wrong++;
   }
   std::string words() const {
-    std::string s = text("%s: %ld of %ld wrong; the smallest or first:\n ", property.c_str(), wrong, total) + first;
+    const std::string s = text("%s\n%ld of %ld wrong", property.c_str(), wrong, total) + example + "\n";
     for (auto& [mistake, times] : fits)
-      if (times == wrong) return s + "\n This is what comes of " + mistake + ".";
-    if (zero == wrong) return s + "\n Every wrong result is 0: is something never written?";
+      if (times >= wrong) return s + "This is what comes of " + mistake + ".";
+    if (zero == wrong && subnormal == wrong) return s + "This is what comes of making subnormal results zero.";
+    if (subnormal == wrong) return s + "Subnormal results alone are wrong.";
+    if (zero == wrong) return s + "Every wrong result is 0: is something never written?";
     if (nan == wrong)
       return s +
-             "\n All of them are NaN, as are the padding, the rows below and unwritten results: is a bound missing,"
-             "\n are rows and columns exchanged, or is something never written?";
-    if (double(cut) > 0.9 * double(wrong)) return s + "\n This is what truncation gives: the dropped bits are ignored.";
-    if (away == wrong) return s + "\n This is what rounding ties up gives: a tie goes to the even neighbour.";
+             "All of them are NaN, as are padding, rows below and what is not written yet:\n"
+             "is a bound missing, are rows and columns exchanged, is something not written?";
+    if (double(cut) > 0.9 * double(wrong)) return s + "This is what truncation gives: the dropped bits are ignored.";
+    if (away == wrong) return s + "This is what rounding ties up gives: a tie goes to the even neighbour.";
     const bool one_factor = largest_ratio - least_ratio <= 0.01 * std::fabs(largest_ratio);
     if (wrong == 1 || !std::isfinite(largest_ratio) || !one_factor) return s;
-    return s + text("\n All of them are %.4g times what is wanted", largest_ratio);
+    return s + text("All of them are %.4g times what is wanted.", largest_ratio);
   }
 };
+static void same(const std::string& what, double got, double want, double tolerance = 0) {
+  Tally(what).near(got, want, tolerance);
+}
 
 // ---- Matrices, and how they come into tensors ----
 struct Random {  // the same numbers on every machine
@@ -256,6 +263,7 @@ struct Random {  // the same numbers on every machine
     return step > 0 ? std::round(x / step) * step : double(float(x));
   }
 };
+namespace {  // mp.cu has a Matrix, too
 struct Matrix {
   int rows = 0, cols = 0;
   std::vector<double> v = {};
@@ -276,6 +284,7 @@ struct Matrix {
   }
   double mean() const { return std::accumulate(v.begin(), v.end(), 0.) / double(v.size()); }
 };
+}  // namespace
 template <class F> static Matrix matrix_of(int rows, int cols, F value) {  // value(row, col)
   Matrix m(rows, cols);
   for (int r = 0; r < rows; r++)
@@ -411,9 +420,13 @@ static void in_every_order(const std::function<void()>& work) {
 #endif
 }
 static void same_bits_in_every_order(const std::string& what, const std::function<std::vector<uint32_t>()>& work) {
-  const std::vector<uint32_t> want = work();
-  Tally tally(what + ": the same bits in each other order of threads");
-  in_every_order([&] { tally.check(work() == want && !want.empty(), 0, "Is a barrier missing?"); });
+  std::vector<uint32_t> want;
+  Tally tally(what + ": the same bits in every order of threads");
+  in_every_order([&] {
+    const std::vector<uint32_t> got = work();
+    if (want.empty()) want = got;
+    tally.check(got == want && !got.empty(), 0, "\nIs a barrier missing, or is something read before it is written?");
+  });
 }
 
 // ---- Model: the article's network once more, in fp64. What mp stores in 16 bits is rounded once: a layer's tensors to
@@ -696,7 +709,7 @@ static void check_step(const std::string& what, Mlp& net, const Digits& digits, 
   }
   model.find_loss();
   const double size = 1 + model.a[net.L].largest();  // of exp's argument; 20 operations, each off by e of it
-  CHECK(std::fabs(after.loss - model.loss) <= 20 * e * (size + model.loss));
+  same(what + "loss", after.loss, model.loss, 20 * e * (size + model.loss));
 
   bool finite = true;
   model.output_delta();
@@ -724,20 +737,19 @@ static void check_step(const std::string& what, Mlp& net, const Digits& digits, 
     compare(what + "master", got, master[l], tolerance);
     compare(what + "compute copy", get(layer.weights), rounded(got, layer.type));
   }
-  const std::string outcome = what + (finite ? "finite" : "overflows");
-  INFO(outcome);
+  const std::string outcome = what + (finite ? "a finite step, " : "an overflow, ");
   float scale = before.scale;
   if (!finite) scale /= 2;
   else if (before.growth_tracker + 1 == scaler.interval) scale *= 2;
-  CHECK(after.scale == scale);
-  CHECK(after.skipped == before.skipped + !finite);
-  CHECK(after.step == before.step + 1);
-  CHECK(after.position == before.position + 1);
-  CHECK(after.halted == 0);
+  same(outcome + "next scale", after.scale, scale);
+  same(outcome + "skipped steps", after.skipped, before.skipped + !finite);
+  same(outcome + "steps", after.step, before.step + 1);
+  same(outcome + "position of the next batch", after.position, before.position + 1);
+  same(outcome + "halted", after.halted, 0);
 }
 
 TEST_SUITE("train_step") {
-  TEST_CASE("every equation of 16 steps, whatever the layers' types, while the scale sinks and grows") {
+  TEST_CASE("every equation of 16 steps, for layers of all types and scales that change") {
     const Digits digits(20, 4, 5, 80, 27);
     std::vector<Map> all = maps;
     all.insert(all.end(), {{fp16, fp32}, {fp32, fp16}});
@@ -758,8 +770,9 @@ TEST_SUITE("train_step") {
           grown |= scaler.read().scale > scale;
         }
         const bool halves = std::count(map.begin(), map.end(), fp16) > 0;  // 2^24 is too large a scale for them
-        CHECK((scaler.read().skipped > 3) == halves);
-        CHECK(grown);
+        CHECK_MESSAGE((scaler.read().skipped > 3) == halves,
+                      "steps with halves must be skipped at 2^24, and no others");
+        CHECK_MESSAGE(grown, "the loss scale never grew");
       }
   }
   TEST_CASE("the bytes that layers of different types take") {
@@ -801,7 +814,7 @@ TEST_SUITE("train_step") {
     CHECK(get(net.layer[0].a).v == a0.v);
     CHECK(get(net.y).v == y.v);
   }
-  TEST_CASE("box H: the class of the largest logit, also when the last batch is not full") {
+  TEST_CASE("box H: the class of the largest logit, in a partial batch, too") {
     Mlp net = network({20, 9, 4}, 4, fp32), all = network({20, 9, 4}, 11, fp32);
     initialise(net);
     initialise(all);
@@ -819,7 +832,7 @@ TEST_SUITE("train_step") {
     CHECK(*std::max_element(want.begin(), want.end()) > *std::min_element(want.begin(), want.end()));
     CHECK(predict(net, {}).empty());
   }
-  TEST_CASE("weights start from He's normal distribution, biases from 0; the 16-bit copy is rounded") {
+  TEST_CASE("weights start from He's normal distribution, biases from 0") {
     const auto start = [](uint64_t seed) {
       Mlp net = network({300, 200, 10}, 1, fp16);
       net.seed = seed;
@@ -867,7 +880,7 @@ static const std::pair<Loss, const char*> losses[] = {{Loss::squared_error, "squ
                                                       {Loss::cross_entropy, "cross-entropy"}};
 
 TEST_SUITE("E1") {
-  TEST_CASE("the loss is the mean over the batch of 1/2 sum (y - z)^2, or of -sum y log softmax(z)") {
+  TEST_CASE("the mean of 1/2 sum (y - z)^2, or of -sum y log softmax(z)") {
     for (Type type : types)
       for (auto [kind, words] : losses)
         for (auto [rows, classes] : {std::make_pair(1, 1), {4, 3}, {70, 10}, {33, 17}}) {
@@ -894,7 +907,7 @@ TEST_SUITE("E1") {
         Matrix z(3, 4);
         z(1, 2) = bad;
         Mlp net = last_layer(z, one_hot(3, 4), fp16, kind);
-        CHECK_FALSE(std::isfinite(loss_of(net)));
+        CHECK_MESSAGE(!std::isfinite(loss_of(net)), text("one z is %g, and yet the loss is finite", bad));
       }
   }
 }
@@ -905,7 +918,7 @@ static void check_row_below(const Tensor& t) {  // four rows are in use; the fif
   CHECK_MESSAGE(nothing_below_the_last_row, "it writes below the last row: is a bound missing, or <= for <?");
 }
 TEST_SUITE("E2") {
-  TEST_CASE("a = f(a W^T + b), f = ReLU on hidden layers, rounded once, to the type of the layer that reads it") {
+  TEST_CASE("a = f(a W^T + b), f = ReLU on hidden layers, rounded to its reader's type") {
     for (const Map& map : maps)
       for (bool relu : {true, false})
         for (int l = 1; l <= 3; l++) {
@@ -932,7 +945,9 @@ TEST_SUITE("E2") {
 
 // ==== 4.2.2 E3, E4: backward ====
 static constexpr const char *article_E3 = "the article's formula, half the slope",
-                            *no_mean = "a forgotten division by the batch", *no_scale = "a forgotten loss scale";
+                            *no_mean = "a forgotten division by the batch", *no_scale = "a forgotten loss scale",
+                            *times_batch = "multiplying by the batch: the mean divides by it",
+                            *over_scale = "dividing by the loss scale: here it multiplies";
 // At most 8 products of 7 terms lie between a pixel and a gradient: 64 e, most of which cancels.
 static void compare_slopes(const std::string& what, const Tensor& got, Model& model, Matrix& over) {
   const Matrix slopes = model.slopes(over);
@@ -951,12 +966,14 @@ TEST_SUITE("E3") {
       const Matrix slope = 8 * model.slopes(model.nudge[net.L]);
       compare(c.words, get(net.layer[net.L].delta, 4), slope, 8 * 100 * e,
               {{no_mean, 4 * slope},
+               {times_batch, 16 * slope},
                {article_E3, 0.5 * slope},
                {no_scale, 0.125 * slope},
+               {over_scale, 1. / 64 * slope},
                {"z - y, which leaves softmax(z) out", no_exp.delta[net.L]}});
     }
   }
-  TEST_CASE("the article's (z - y) / 2 is exactly half the slope of 1/2 (y - z)^2") {
+  TEST_CASE("the article's (z - y) / 2 is half the slope of 1/2 (y - z)^2") {
     for (double z : {-1.5, 0.25, 2.0})
       for (double y : {-0.5, 0.0, 3.0}) {
         const auto E1 = [&](double at) { return 0.5 * (y - at) * (y - at); };
@@ -1038,7 +1055,7 @@ TEST_SUITE("E4") {
 
 // ==== 4.2.3 E5: the weight gradient ====
 TEST_SUITE("E5") {
-  TEST_CASE("dW = delta^T a and db = column sums of delta, over the rows in use, rounded once") {
+  TEST_CASE("dW = delta^T a, db = column sums of delta, rounded once") {
     for (const Map& map : maps) {
       Mlp small = small_network(map, true, Loss::cross_entropy, 5, 0.0625);  // exact sums: an exact result
       Mlp large = network({2, 300}, 70, map[0]);
@@ -1056,7 +1073,7 @@ TEST_SUITE("E5") {
           const std::string what = text("%slayer %d, ", name_of(map).c_str(), l);
           compare(what + "dW", get(layer.dW), model.dW[l]);
           compare(what + "db", get(layer.db), model.db[l]);
-          CHECK(get(layer.gradients).largest() < infinite);  // NaN in the padding would be taken for an overflow
+          CHECK_MESSAGE(get(layer.gradients).largest() < infinite, "NaN in the padding: it would count as an overflow");
         }
     }
   }
@@ -1081,15 +1098,17 @@ struct Shape {
 };
 static const std::pair<Layout, const char*> layouts[] = {
     {Layout::ABt, "A B^T"}, {Layout::AB, "A B"}, {Layout::AtB, "A^T B"}};
-static Tensor operand(const Matrix& m, Type type, bool across = false) {  // NaN in the padding and in three rows below
+static Tensor operand(const Matrix& m, Type type, bool across = false,
+                      int below = 3) {  // NaN in padding and rows below
   const Matrix laid = across ? transposed(m) : m;
-  const Tensor t = make_tensor(laid.rows + 3, laid.cols, type);
+  const Tensor t = make_tensor(laid.rows + below, laid.cols, type);
   put(t, laid, NAN);
   return first_rows(t, laid.rows);
 }
 // A[M, K] B[N, K]^T in all three layouts, from operands of type `from` to a result of type `to`. Options: the sum of 1
 // for a bias, 2 for ReLU and 4 for a mask
-static void check_product(const Gemm& gemm, const Matrix& A, const Matrix& B, Type from, Type to, int options = 0) {
+static void check_product(const Gemm& gemm, const Matrix& A, const Matrix& B, Type from, Type to, int options = 0,
+                          const char* likely = nullptr) {
   const int M = A.rows, N = B.rows;
   const bool relu = options & 2;
   const Matrix b = rounded(random_matrix(3, 1, N, 1), from), f = random_matrix(4, M, N, 1, 0.5);
@@ -1111,24 +1130,38 @@ static void check_product(const Gemm& gemm, const Matrix& A, const Matrix& B, Ty
       x = 0;
       off = 0;
     }
+  Mistaken mistaken;
+  if (M == N && N == A.cols)
+    mistaken = {{"exchanging A's rows and columns", transposed(A) * transposed(B)},
+                {"exchanging B's rows and columns", A * B},
+                {"exchanging A and B", B * transposed(A)},
+                {"taking B in A's place", B * transposed(B)},
+                {"taking A in B's place", A * transposed(A)}};
   for (auto [layout, formula] : layouts) {
     const Tensor whole = make_tensor(M + 2, N, to), C = first_rows(whole, M);
     put(whole, Matrix(M, N, NAN), 7);
     gemm(layout, operand(A, from, layout == Layout::AtB), operand(B, from, layout != Layout::ABt), C, epilogue);
+    if (likely) mistaken = {{likely, get(C)}};
     compare_rounded(text("%s, %s to %s, M N K = %d %d %d%s%s%s", formula, name_of(from).c_str(), name_of(to).c_str(), M,
                          N, A.cols, epilogue.bias ? ", bias" : "", relu ? ", ReLU" : "", epilogue.mask ? ", mask" : ""),
-                    to, get(C), want, error);
+                    to, get(C), want, error, mistaken);
     const Matrix all = get(with_padding(whole));
     const bool gradient = layout != Layout::ABt && !epilogue.bias && error.largest() < infinite;
     int bad_padding = 0;  // of gradients, as in E5
     for (int m = 0; m < M && gradient; m++)
       for (int n = N; n < all.cols; n++) bad_padding += all(m, n) != 7 && all(m, n) != 0;
-    CHECK(bad_padding == 0);
+    CHECK_MESSAGE(bad_padding == 0, "padding is neither 0 nor as it was: it would count as a gradient");
     const bool rows_below_untouched = std::count(all.v.end() - 2 * all.cols, all.v.end(), 7.) == 2 * all.cols;
-    CHECK(rows_below_untouched);
+    CHECK_MESSAGE(rows_below_untouched, "it writes below the last row: is a bound missing?");
   }
 }
 static void check_products(const Gemm& gemm, const std::vector<Type>& of_types = types) {
+  const std::pair<Shape, const char*> tiles[] = {
+      {{64, 64, 64}, nullptr},  // one tile
+      {{192, 192, 192}, "going on to the wrong tile: a single tile is right"},
+      {{192, 192, 100}, "a missing or wrong bound on K: whole tiles are right"},
+      {{192, 100, 64}, "a missing or wrong bound on N: whole tiles are right"},
+      {{100, 192, 64}, "a missing or wrong bound on M: whole tiles are right"}};
 #if defined(MP_CUDA)
   const Shape large = {2053, 2061, 70};
 #else
@@ -1140,6 +1173,9 @@ static void check_products(const Gemm& gemm, const std::vector<Type>& of_types =
                                      {200, 72, 333}, {64, 128, 784}, {128, 784, 64}, {49, 9, 63},   {97, 65, 65},
                                      {193, 129, 65}, large};
   for (Type from : of_types) {
+    for (auto& [size, likely] : tiles)
+      check_product(gemm, random_matrix(1, size.M, size.K, 1, 0x1p-6), random_matrix(2, size.N, size.K, 1, 0x1p-6),
+                    from, from, 0, likely);
     for (auto [M, N, K] : shapes) {
       const Matrix A = rounded(random_matrix(1, M, K, 1), from), B = rounded(random_matrix(2, N, K, 1), from);
       check_product(gemm, A, B, from, from);
@@ -1158,8 +1194,8 @@ static void check_orders(const Gemm& gemm) {
   for (auto [M, N, K] : {Shape{17, 33, 65}, {130, 72, 200}, {70, 130, 16}, {70, 10, 130}, {10, 70, 130}})
     for (const auto& named : layouts) {
       const Layout layout = named.first;
-      const Tensor A = operand(random_matrix(1, M, K, 1), fp16, layout == Layout::AtB);
-      const Tensor B = operand(random_matrix(2, N, K, 1), fp16, layout != Layout::ABt);
+      const Tensor A = operand(random_matrix(1, M, K, 1), fp16, layout == Layout::AtB, 200);
+      const Tensor B = operand(random_matrix(2, N, K, 1), fp16, layout != Layout::ABt, 200);
       const Tensor C = make_tensor(M, N, fp16);
       same_bits_in_every_order(text("%s, M N K = %d %d %d", named.second, M, N, K), [&] {
         fill(C, NAN);
@@ -1199,12 +1235,12 @@ TEST_SUITE("gemm_naive") {
 }
 TEST_SUITE("gemm_tiled") {
   static const Gemm whole = with_splits(gemm_tiled, 0), split = with_splits(gemm_tiled, 3);
-  TEST_CASE("every layout, type, size and epilogue; NaN and infinity stay") { check_products(whole); }
-  TEST_CASE("K shared out to several blocks") { check_products(split); }
   TEST_CASE("the order of the threads does not matter") {
     check_orders(with_splits(gemm_tiled, 1));
     check_orders(split);
   }
+  TEST_CASE("every layout, type, size and epilogue; NaN and infinity stay") { check_products(whole); }
+  TEST_CASE("K shared out to several blocks") { check_products(split); }
   TEST_CASE("operands that do not fit are refused") { check_refusals(whole); }
 }
 static std::vector<Type> mma_types() {
@@ -1252,15 +1288,17 @@ TEST_SUITE("unscale_and_check") {
         put(gradients, random_matrix(1, 1, gradients.cols, 100));
         LossScaler scaler(scale);
         unscale_and_check(net, scaler);
-        CHECK(scaler.read().found_inf == 0);
+        same("found_inf, all gradients being finite", scaler.read().found_inf, 0);
         update(net, scaler, -1);  // the master was 0: now it is the gradient
         const double inverse = float(1 / double(scale));
         const Matrix g = get(gradients);
         compare(text("%s, scale %g", name_of(type).c_str(), double(scale)), get(net.layer[1].master),
-                rounded(inverse * g, fp32), 0, {{"a gradient with the scale still in it", g}});
+                rounded(inverse * g, fp32), 0,
+                {{"a gradient with the scale still in it", g},
+                 {"multiplying by the scale: that divides by 1 / scale", 1 / inverse * g}});
       }
   }
-  TEST_CASE("one infinity or NaN is found wherever it is, before the scale divides it away") {
+  TEST_CASE("one infinity or NaN is found wherever it is, before unscaling") {
     for (Type type : types) {
       Mlp net = two_layers(type, Update::master);
       const double finite = type == fp16 ? 65504 : 0x1.fep127;
@@ -1274,13 +1312,15 @@ TEST_SUITE("unscale_and_check") {
             put(net.layer[l].gradients, one);
             LossScaler scaler(65536);
             unscale_and_check(net, scaler);
-            tally.near(scaler.read().found_inf, g != finite, 0, l, i,
-                       {{"a comparison with NaN, which is always false", std::isnan(g) ? 0 : -1}});
+            tally.near(
+                scaler.read().found_inf, g != finite, 0, l, i,
+                {{"a comparison with NaN, which is always false", std::isnan(g) ? 0 : -1},
+                 {"a found_inf that the next gradient overwrites", i + 8 < net.layer[l].gradients.cols ? 0 : 1}});
           }
       }
     }
   }
-  TEST_CASE("one bad gradient: every weight stays, the step counts as skipped, the next one is taken") {
+  TEST_CASE("one bad gradient: every weight stays, and the step counts as skipped") {
     for (Update rule : {Update::master, Update::half, Update::kahan, Update::stochastic}) {
       Mlp net = two_layers(fp16, rule);
       const std::vector<uint32_t> before = parameters(net);
@@ -1291,14 +1331,14 @@ TEST_SUITE("unscale_and_check") {
         end_step(net, scaler, 0.5f);
       }
       const StepState s = scaler.read();
-      CHECK(parameters(net) == before);
-      CHECK(s.skipped == 2);
-      CHECK(s.scale == 16384);
-      CHECK(s.found_inf == 0);
+      CHECK_MESSAGE(parameters(net) == before, "weights changed, although one gradient was inf or NaN");
+      same("steps skipped, after one with inf and one with NaN", s.skipped, 2);
+      same("the scale, halved twice", s.scale, 16384);
+      same("found_inf before the next step", s.found_inf, 0);
       fill_gradients(net, 4096);
       end_step(net, scaler, 0.5f);
-      CHECK(parameters(net) != before);
-      CHECK(scaler.read().skipped == 2);
+      CHECK_MESSAGE(parameters(net) != before, "weights stayed, although every gradient was finite");
+      same("steps skipped, after a finite one", scaler.read().skipped, 2);
     }
   }
 }
@@ -1345,11 +1385,11 @@ TEST_SUITE("loss_scaling") {
       fill_gradients(net, 1);
       for (int i = 0; i < 3; i++) end_step(net, scaler, 1);
       const StepState s = scaler.read();
-      CHECK(at.halted == 0);
-      CHECK(s.halted == 1);
-      CHECK(s.scale == at.scale);
-      CHECK(s.step == at.step);
-      CHECK(parameters(net) == before);
+      same("halted before", at.halted, 0);
+      same("halted", s.halted, 1);
+      same("the scale, halted", s.scale, at.scale);
+      same("steps, halted", s.step, at.step);
+      CHECK_MESSAGE(parameters(net) == before, "weights change after the halt");
     }
   }
 }
@@ -1392,13 +1432,19 @@ static void check_update(Update rule, Type type) {
       Weight want = updated(rule, type, now, gradient, lr);
       const Weight unfused = updated(rule, type, now, gradient, lr, false);
       if (got(0, i) == unfused.w && owed(0, i) == unfused.c) want = unfused;
+      const Weight mirrored = updated(rule, type, {now.w, -now.c}, gradient, lr);
+      const char* const minus_c = "subtracting c: here it is added, u = c - lr g";
       weights.near(got(0, i), want.w, 0, step, i,
-                   {{"a gradient with the loss scale still in it", updated(rule, type, now, gradient * 1000, lr).w},
+                   {{minus_c, mirrored.w},
+                    {"a gradient with the loss scale still in it", updated(rule, type, now, gradient * 1000, lr).w},
                     {"a step uphill: w + lr g instead of w - lr g", updated(rule, type, now, -gradient, lr).w},
                     {"leaving out what the last steps still owe", updated(rule, type, {now.w, 0}, gradient, lr).w},
                     {"a weight that is never written", now.w}});
       owes.near(owed(0, i), want.c, 0, step, i,
-                {{"the wrong sign of what was lost", -want.c}, {"a compensation never written", now.c}});
+                {{"the other sign of c: here c' = u + (w - w')", -want.c},
+                 {minus_c, -mirrored.c},
+                 {minus_c, mirrored.c},
+                 {"a compensation never written", now.c}});
     }
     compare(name + ": the compute copy", get(layer.weights), rounded(got, type));
   }
@@ -1427,9 +1473,11 @@ template <class F> static void check_chance(const Format& f, F stochastic, const
         up += got == low + up_step;
         down += got == low;
       }
-      INFO(text("%s of %.9g: %d of 8192 up, %d down", f.name, double(x), up, down));
-      CHECK(up + down == 8192);
-      CHECK(std::fabs(up - (x - low) / up_step * 8192) < 1);
+      const double want = (x - low) / up_step * 8192;
+      CHECK_MESSAGE(
+          (up + down == 8192 && std::fabs(up - want) < 1),
+          text("%s of %.9g, with 8192 random numbers\n  got    %d up, %d down\n  want   %.6g up, the others down",
+               f.name, double(x), up, down, want));
     }
 }
 
@@ -1461,9 +1509,9 @@ TEST_SUITE("stochastic_rounding") {
     for (Type type : types_16) {
       const double d = 2 * format_of(type)->half_step(1), p = 1e-4 / d, variance = 1000 * d * d * p * (1 - p);
       const Matrix w = get(thousand_small_steps(type, Update::stochastic).W);
-      CHECK(std::fabs(w.mean() - 1.1) <= 5 * std::sqrt(variance / 512));
+      same("the mean of 512 weights", w.mean(), 1.1, 5 * std::sqrt(variance / 512));
       const double found = w.each([](double x) { return (x - 1.1) * (x - 1.1); }).mean();
-      CHECK(std::fabs(found / variance - 1) <= 5 * std::sqrt(2. / 512));  // each weight has its own chance
+      same("their variance; each has its own chance", found, variance, 5 * std::sqrt(2. / 512) * variance);
     }
   }
   TEST_CASE("another weight, another layer, another step and another seed choose anew") {
@@ -1481,14 +1529,14 @@ TEST_SUITE("stochastic_rounding") {
     };
     const Matrix W = after(1, 1);
     for (double w : W.v) CHECK_MESSAGE((w == 1 || w == 1 + 0x1p-10), "neighbours of 1 + 2^-11");
-    CHECK(std::fabs(W.mean() - (1 + 0x1p-11)) <= 5 * 0x1p-11 / 30);  // 5 standard deviations of 900 coins
-    CHECK(after(1, 1).v == W.v);
-    CHECK(after(1, 2).v != W.v);
-    CHECK(after(2, 1).v != W.v);
+    same("the mean of 900 weights", W.mean(), 1 + 0x1p-11, 5 * 0x1p-11 / 30);  // 5 standard deviations of 900 coins
+    CHECK_MESSAGE(after(1, 1).v == W.v, "the same seed and step, but other weights");
+    CHECK_MESSAGE(after(1, 2).v != W.v, "the next step, but the same choices");
+    CHECK_MESSAGE(after(2, 1).v != W.v, "another seed, but the same choices");
   }
 }
 TEST_SUITE("update_master") {
-  TEST_CASE("master -= lr g / scale in fp32, and the compute copy is the master rounded") {
+  TEST_CASE("master -= lr g / scale in fp32; the compute copy is rounded") {
     for (Type type : types) check_update(Update::master, type);
   }
   TEST_CASE("1000 small steps are 0.1 for a master, and nothing without one") {
@@ -1502,7 +1550,7 @@ TEST_SUITE("update_master") {
   }
 }
 TEST_SUITE("update_kahan") {
-  TEST_CASE("w and the compensation follow arXiv 2010.06192, every operation in 16 bits") {
+  TEST_CASE("w and c follow arXiv 2010.06192, every operation in 16 bits") {
     for (Type type : types_16) check_update(Update::kahan, type);
   }
 }
@@ -1587,7 +1635,6 @@ static std::string last_words(void (*kernel)(), int shared_bytes = 100) {
   if (child == 0) {
     const rlimit no_core = {0, 0};
     setrlimit(RLIMIT_CORE, &no_core);
-    std::signal(SIGABRT, SIG_DFL);  // doctest handles it
     dup2(ends[1], 2);
     alarm(60);
     launch_shared(kernel, 1, 32, shared_bytes);
