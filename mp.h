@@ -795,6 +795,6 @@ inline std::string machine() {
   return "CPU, " + std::to_string(cpu::os_threads()) + threads + " (no GPU used: everything works, only slower)";
 }
 #endif
-template <class K, class... A> void launch(K kernel, dim3 grid, dim3 block, A... args) {
+template <class K, class Size, class Block, class... A> void launch(K kernel, Size grid, Block block, A... args) {
   launch_shared(kernel, grid, block, 0, args...);
 }
