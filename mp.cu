@@ -2163,13 +2163,12 @@ Picture read_grey(const string& path) {
   Picture grey{from.width / step, from.height / step, {}};
   grey.value.resize(grey.width * grey.height);
   Picture opaque = grey;
-  for (int y = 0; y < grey.height * step; y++)
-    for (int x = 0; x < grey.width * step; x++) {
-      const uint8_t* pixel = from.pixel.get() + 2 * (size_t(y) * from.width + x);
-      int i = y / step * grey.width + x / step;
-      grey.value[i] += pixel[0] / float(step * step);
-      opaque.value[i] += pixel[1] / float(step * step);
-    }
+  for (int n = 0; n < grey.width * step * grey.height * step; n++) {
+    int x = n % (grey.width * step), y = n / (grey.width * step), i = y / step * grey.width + x / step;
+    const uint8_t* pixel = from.pixel.get() + 2 * (size_t(y) * from.width + x);
+    grey.value[i] += pixel[0] / float(step * step);
+    opaque.value[i] += pixel[1] / float(step * step);
+  }
   return ink_of(opaque) < 127.5 * opaque.value.size() ? opaque : grey;
 }
 // The greatest (sign 1) or least (-1) value of the square that reaches that far from each pixel
@@ -2206,100 +2205,92 @@ bool find_ink(Picture& p) {
   }
   vector<float> sorted = p.value;
   std::sort(sorted.begin(), sorted.end());
-  float grain = sorted.empty() ? 0 : sorted[sorted.size() / 4];
-  double threshold = sorted.empty() ? 0 : (sorted.back() - grain) / 2, mean[2] = {0, 0};  // of paper and of ink
-  for (int round = 0; round < 20; round++) {  // settles halfway between the means of what is below and above
-    double sum[2] = {}, count[2] = {1e-9, 1e-9};
-    for (float x : sorted) {
-      sum[x - grain > threshold] += max(x - grain, 0.f);
-      count[x - grain > threshold]++;
+  float grain = sorted[sorted.size() / 4];
+  double threshold = (sorted.back() - grain) / 2;
+  for (int round = 0; round < 20; round++) {  // settles at half the mean of what is above it
+    double sum = 0, count = 1e-9;
+    for (float& x : sorted) {
+      if (x - grain < threshold) continue;
+      sum += x - grain;
+      count++;
     }
-    for (int side : {0, 1}) mean[side] = sum[side] / count[side];
-    threshold = (mean[0] + mean[1]) / 2;
+    threshold = sum / count / 2;
   }
-  for (float& x : p.value) x = std::clamp((x - grain - .15 * threshold) / (mean[1] - .15 * threshold), 0., 1.);
-  return mean[1] > 20 && mean[1] > 6 * mean[0];
+  for (float& x : p.value) x = std::clamp((x - grain - threshold / 6) / (threshold * 11 / 6), 0., 1.);
+  return threshold > 10;
 }
 struct Piece {  // pixels of ink that touch each other, and the box round them
-  int left, right, top, bottom;
-  double ink;
   vector<int> pixels;
-  int size() const { return max(right - left, bottom - top); }
-  void add(const Picture& p, int pixel) {
-    int x = pixel % p.width, y = pixel / p.width;
-    left = min(left, x);
-    right = max(right, x + 1);
-    top = min(top, y);
-    bottom = max(bottom, y + 1);
-    ink += p.value[pixel];
-    pixels.push_back(pixel);
+  double left = 1e9, right = 0, top = 1e9, bottom = 0, ink = 0;
+  double size() const { return max(right - left, bottom - top); }
+  void add(const Picture& p, int i) {
+    left = min<double>(left, i % p.width);
+    right = max<double>(right, i % p.width + 1);
+    top = min<double>(top, i / p.width);
+    bottom = max<double>(bottom, i / p.width + 1);
+    ink += p.value[i];
+    pixels.push_back(i);
   }
-  bool holds(const Piece& other, double margin) const {  // within its box, widened by the margin
-    return other.left > left - margin && other.right < right + margin && other.top > top - margin &&
-           other.bottom < bottom + margin;
+  bool holds(const Piece& o, double margin) const {  // in its box, widened by the margin
+    return max(max(left - o.left, o.right - right), max(top - o.top, o.bottom - bottom)) < margin;
   }
 };
-vector<Piece> find_pieces(const Picture& p) {
+vector<Piece> find_pieces(Picture p) {
   vector<Piece> pieces;
-  vector<float> rest = p.value;
-  for (int start = 0; start < int(rest.size()); start++) {
-    if (rest[start] < .25) continue;
-    Piece piece{p.width, 0, p.height, 0, 0, {}};
-    rest[start] = 0;
-    piece.add(p, start);
-    for (size_t n = 0; n < piece.pixels.size(); n++) {
-      int x = piece.pixels[n] % p.width, y = piece.pixels[n] / p.width;
+  for (int start = 0; start < int(p.value.size()); start++) {
+    if (p.value[start] < .25) continue;
+    Piece piece;
+    vector<int> next = {start};
+    while (!next.empty()) {
+      int i = next.back(), x = i % p.width, y = i / p.width;
+      next.pop_back();
+      if (p.value[i] < .25) continue;
+      piece.add(p, i);
+      p.value[i] = 0;
       for (int j = max(0, y - 1); j < min(p.height, y + 2); j++)
-        for (int i = max(0, x - 1); i < min(p.width, x + 2); i++) {
-          if (rest[j * p.width + i] < .25) continue;
-          rest[j * p.width + i] = 0;
-          piece.add(p, j * p.width + i);
-        }
+        for (int k = max(0, x - 1); k < min(p.width, x + 2); k++) next.push_back(j * p.width + k);
     }
     pieces.push_back(piece);
   }
   return pieces;
 }
-Piece box_of(const Picture& p) {  // of all its ink
-  Piece all{p.width, 0, p.height, 0, 0, {}};
-  for (int i = 0; i < int(p.value.size()); i++)
-    if (p.value[i] >= .25) all.add(p, i);
-  return all;
-}
 // Leaves the digit: the piece with most ink, and what lies near it, such as a 5's bar. Specks are too small to be one, and
 // what touches the picture's edge, or has another piece in its box as a frame has, is one only where nothing else is.
 void keep_digit(Picture& p, const string& path) {
-  vector<Piece> pieces = find_pieces(p), clear;
-  double least = .03 * max(p.width, p.height), most = .5 * max(p.width, p.height);
-  Piece digit{};
-  for (const Piece& piece : pieces) {
-    bool beside = piece.left == 0 || piece.top == 0 || piece.right == p.width || piece.bottom == p.height;
-    for (const Piece& other : pieces) beside |= other.size() > .2 * piece.size() && piece.holds(other, 0);
-    if (!beside && piece.size() > least) clear.push_back(piece);
-    if (beside && piece.size() > most && piece.ink > digit.ink) digit = piece;
+  vector<Piece> all = find_pieces(p), clear, beside;
+  const Piece frame{{}, 0., double(p.width), 0., double(p.height)};
+  for (const Piece& piece : all) {
+    bool odd = !frame.holds(piece, 0);
+    for (const Piece& other : all) odd |= other.size() > .2 * piece.size() && piece.holds(other, 0);
+    if (piece.size() > (odd ? .5 : .03) * frame.size()) (odd ? beside : clear).push_back(piece);
   }
-  for (const Piece& piece : clear)
-    if (&piece == &clear[0] || piece.ink > digit.ink) digit = piece;
-  if (digit.ink == 0) fail_in(path, "blank: nothing stands out from its background");
-  Picture kept{p.width, p.height, vector<float>(p.value.size())};
-  clear.push_back(digit);
+  if (clear.empty()) clear = beside;
+  if (clear.empty()) fail_in(path, "blank: nothing stands out from its background");
+  Piece digit = *std::max_element(clear.begin(), clear.end(), [](auto& a, auto& b) { return a.ink < b.ink; });
+  Picture ink = p;
+  p.value.assign(p.value.size(), 0);
   for (const Piece& piece : clear) {
-    if (digit.holds(piece, .4 * digit.size()))
-      for (int i : piece.pixels) kept.value[i] = p.value[i];
-    else if (piece.size() > .6 * digit.size() && piece.ink > .2 * digit.ink)
-      fail_in(path, "more than one digit, far apart: cut the picture up, one each");
+    bool near = digit.holds(piece, .4 * digit.size());
+    if (!near && piece.size() > .6 * digit.size() && piece.ink > .2 * digit.ink)
+      fail_in(path, "more than one digit, far apart: cut it up, a picture each");
+    for (size_t i = 0; near && i < piece.pixels.size(); i++) p.value[piece.pixels[i]] = ink.value[piece.pixels[i]];
   }
-  p = kept;
+}
+double size_of(const Picture& p) {  // of the box round its ink
+  Piece all;
+  for (int i = 0; i < int(p.value.size()); i++)
+    if (p.value[i] >= .25) all.add(p, i);
+  return all.size();
 }
 // [side, side] as in MNIST, white on black: strokes 2.2/28 wide, fitted into 20/28, centred by mass
 Bytes as_mnist(Picture p, int side) {
-  double unit = box_of(p).size() / 20., ink = ink_of(p);
+  double unit = size_of(p) / 20., ink = ink_of(p);
   double width =
       2 * ink / max(ink - ink_of(extreme(p, 1, -1)), 1e-9);  // 2 area / (area that a pixel at each side takes)
   int reach = std::lround(std::fabs(width - 2.2 * unit) / 2);
   Picture usual = extreme(p, reach, width > 2.2 * unit ? -1 : 1);
   if (ink_of(usual) > .1 * ink) p = usual;
-  double x_sum = 0, y_sum = 0, step = box_of(p).size() * 28. / (20 * side), middle = step * side * (14.25 / 28);
+  double x_sum = 0, y_sum = 0, step = size_of(p) * 28. / (20 * side), middle = step * side * (14.25 / 28);
   for (int i = 0; i < int(p.value.size()); i++) {
     x_sum += p.value[i] * (i % p.width + .5);
     y_sum += p.value[i] * (i / p.width + .5);
