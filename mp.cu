@@ -2231,8 +2231,9 @@ struct Piece {  // pixels of ink that touch each other, and the box round them
     ink += p.value[i];
     pixels.push_back(i);
   }
-  bool holds(const Piece& o, double margin) const {  // in its box, widened by the margin
-    return max(max(left - o.left, o.right - right), max(top - o.top, o.bottom - bottom)) < margin;
+  bool holds(const Piece& o) const { return left < o.left && o.right < right && top < o.top && o.bottom < bottom; }
+  double gap(const Piece& o) const {
+    return max(max(o.left - right, left - o.right), max(o.top - bottom, top - o.bottom));
   }
 };
 vector<Piece> find_pieces(Picture p) {
@@ -2258,11 +2259,11 @@ vector<Piece> find_pieces(Picture p) {
 // what touches the picture's edge, or has another piece in its box as a frame has, is one only where nothing else is.
 void keep_digit(Picture& p, const string& path) {
   vector<Piece> all = find_pieces(p), clear, beside;
-  const Piece frame{{}, 0., double(p.width), 0., double(p.height)};
+  double longer = max(p.width, p.height);
   for (const Piece& piece : all) {
-    bool odd = !frame.holds(piece, 0);
-    for (const Piece& other : all) odd |= other.size() > .2 * piece.size() && piece.holds(other, 0);
-    if (piece.size() > (odd ? .5 : .03) * frame.size()) (odd ? beside : clear).push_back(piece);
+    bool odd = piece.left == 0 || piece.top == 0 || piece.right == p.width || piece.bottom == p.height;
+    for (const Piece& other : all) odd |= other.size() > .2 * piece.size() && piece.holds(other);
+    if (piece.size() > (odd ? .5 : .03) * longer) (odd ? beside : clear).push_back(piece);
   }
   if (clear.empty()) clear = beside;
   if (clear.empty()) fail_in(path, "blank: nothing stands out from its background");
@@ -2270,7 +2271,7 @@ void keep_digit(Picture& p, const string& path) {
   Picture ink = p;
   p.value.assign(p.value.size(), 0);
   for (const Piece& piece : clear) {
-    bool near = digit.holds(piece, .4 * digit.size());
+    bool near = digit.gap(piece) < .4 * digit.size();
     if (!near && piece.size() > .6 * digit.size() && piece.ink > .2 * digit.ink)
       fail_in(path, "more than one digit, far apart: cut it up, a picture each");
     for (size_t i = 0; near && i < piece.pixels.size(); i++) p.value[piece.pixels[i]] = ink.value[piece.pixels[i]];
