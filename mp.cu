@@ -2277,39 +2277,39 @@ void keep_digit(Picture& p, const string& path) {
     for (size_t i = 0; near && i < piece.pixels.size(); i++) p.value[piece.pixels[i]] = ink.value[piece.pixels[i]];
   }
 }
-double size_of(const Picture& p) {  // of the box round its ink
-  Piece all;
-  for (int i = 0; i < int(p.value.size()); i++)
-    if (p.value[i] >= .25) all.add(p, i);
-  return all.size();
-}
-// [side, side] as in MNIST, white on black: strokes 2.2/28 wide, fitted into 20/28, centred by mass
-Bytes as_mnist(Picture p, int side) {
-  double unit = size_of(p) / 20., ink = ink_of(p);
-  double width =
-      2 * ink / max(ink - ink_of(extreme(p, 1, -1)), 1e-9);  // 2 area / (area that a pixel at each side takes)
-  int reach = std::lround(std::fabs(width - 2.2 * unit) / 2);
-  Picture usual = extreme(p, reach, width > 2.2 * unit ? -1 : 1);
-  if (ink_of(usual) > .1 * ink) p = usual;
-  double x_sum = 0, y_sum = 0, step = size_of(p) * 28. / (20 * side), middle = step * side * (14.25 / 28);
+// [side, side] as in MNIST: the ink fitted into 20/28, its centre of mass where MNIST's (14.5) and data/'s (14) are
+Picture fitted(const Picture& p, int side) {
+  Piece ink;
+  double x_sum = 0, y_sum = 0, mass = ink_of(p);
   for (int i = 0; i < int(p.value.size()); i++) {
     x_sum += p.value[i] * (i % p.width + .5);
     y_sum += p.value[i] * (i / p.width + .5);
+    if (p.value[i] >= .25) ink.add(p, i);
   }
-  vector<float> small;  // means over squares of `step` pixels
-  for (int n = 0; n < side * side; n++) {
-    double x = x_sum / ink_of(p) - middle + n % side * step, y = y_sum / ink_of(p) - middle + n / side * step, sum = 0;
+  double step = ink.size() * 28 / (20 * side), middle = step * side * 14.25 / 28;
+  Picture to{side, side, {}};
+  for (int n = 0; n < side * side; n++) {  // means over squares of `step` pixels
+    double x = x_sum / mass - middle + n % side * step, y = y_sum / mass - middle + n / side * step, sum = 0;
     for (int j = max(0., y); j < p.height && j < y + step; j++)
       for (int i = max(0., x); i < p.width && i < x + step; i++) {
         double wide = min(i + 1., x + step) - max<double>(i, x);  // what of pixel (j, i) lies inside
         double high = min(j + 1., y + step) - max<double>(j, y);
         sum += wide * high * p.value[j * p.width + i];
       }
-    small.push_back(sum);
+    to.value.push_back(sum / (step * step));
   }
-  float most = *std::max_element(small.begin(), small.end());
+  return to;
+}
+// White on black, with strokes of usual width: 2.2 pixels of 28
+Bytes as_mnist(const Picture& p, int side) {
+  Picture large = fitted(p, 140);
+  double ink = ink_of(large), bare = ink - ink_of(extreme(large, 1, -1));  // what a pixel less on each side takes
+  double excess = 2 * ink / max(bare, 1e-9) - 2.2 * 5;
+  Picture usual = extreme(large, std::lround(std::fabs(excess) / 2), excess > 0 ? -1 : 1);
+  Picture small = fitted(ink_of(usual) > .1 * ink ? usual : large, side);
+  float most = *std::max_element(small.value.begin(), small.value.end());
   Bytes bytes;
-  for (float x : small) bytes.push_back(std::lround(255 * x / most));
+  for (float x : small.value) bytes.push_back(std::lround(255 * x / most));
   return bytes;
 }
 // How the camera was held: EXIF's entry 0x112, one 16-bit number, in either order of bytes. 1 where a file has none.
