@@ -2300,18 +2300,6 @@ Picture fitted(const Picture& p, int side) {
   }
   return to;
 }
-// White on black, with strokes of usual width: 2.2 pixels of 28
-Bytes as_mnist(const Picture& p, int side) {
-  Picture large = fitted(p, 140);
-  double ink = ink_of(large), bare = ink - ink_of(extreme(large, 1, -1));  // what a pixel less on each side takes
-  double excess = 2 * ink / max(bare, 1e-9) - 2.2 * 5;
-  Picture usual = extreme(large, std::lround(std::fabs(excess) / 2), excess > 0 ? -1 : 1);
-  Picture small = fitted(ink_of(usual) > .1 * ink ? usual : large, side);
-  float most = *std::max_element(small.value.begin(), small.value.end());
-  Bytes bytes;
-  for (float x : small.value) bytes.push_back(std::lround(255 * x / most));
-  return bytes;
-}
 // How the camera was held: EXIF's entry 0x112, one 16-bit number, in either order of bytes. 1 where a file has none.
 int orientation(const Bytes& file) {
   for (bool big : {false, true}) {
@@ -2325,8 +2313,8 @@ int orientation(const Bytes& file) {
   return 1;
 }
 // EXIF counts from 1 the eight ways to mirror and to turn a picture; from 5 on rows are columns.
-Bytes upright(const Bytes& p, int side, int way) {
-  Bytes to(p.size());
+template <class T> vector<T> upright(const vector<T>& p, int side, int way) {
+  vector<T> to(p.size());
   for (int i = 0; i < side * side; i++) {
     int x = i % side, y = i / side;
     if (way > 4) std::swap(x, y);
@@ -2335,6 +2323,19 @@ Bytes upright(const Bytes& p, int side, int way) {
     to[y * side + x] = p[i];
   }
   return to;
+}
+// White on black, with strokes of usual width: 2.2 pixels of 28
+Bytes as_mnist(const Picture& p, int side, int way) {
+  Picture large = fitted(p, 140);
+  large.value = upright(large.value, 140, way);
+  double ink = ink_of(large), bare = ink - ink_of(extreme(large, 1, -1));  // what a pixel less on each side takes
+  double excess = 2 * ink / max(bare, 1e-9) - 2.2 * 5;
+  Picture usual = extreme(large, std::lround(std::fabs(excess) / 2), excess > 0 ? -1 : 1);
+  Picture small = fitted(ink_of(usual) > .1 * ink ? usual : large, side);
+  float most = *std::max_element(small.value.begin(), small.value.end());
+  Bytes bytes;
+  for (float x : small.value) bytes.push_back(std::lround(255 * x / most));
+  return bytes;
 }
 // The network's input. A picture of its size whose border is evenly black or white is that already.
 Bytes read_digit(const string& path, int side) {
@@ -2350,11 +2351,10 @@ Bytes read_digit(const string& path, int side) {
   bool blank = pixels.empty() || *most - *least < 20;
   if (blank || (even >= 32 && even <= 223 && !find_ink(p)))
     fail_in(path, "blank: nothing stands out from its background");
-  if (even >= 32 && even <= 223) {
-    keep_digit(p, path);
-    pixels = as_mnist(p, side);
-  }
-  return upright(pixels, side, orientation(read_file(path)));
+  int way = orientation(read_file(path));
+  if (even < 32 || even > 223) return upright(pixels, side, way);
+  keep_digit(p, path);
+  return as_mnist(p, side, way);
 }
 void predict_picture(Mlp& net, const string& path, int side) {
   Bytes pixels = read_digit(path, side);
