@@ -2277,8 +2277,8 @@ void keep_digit(Picture& p, const string& path) {
     for (size_t i = 0; near && i < piece.pixels.size(); i++) p.value[piece.pixels[i]] = ink.value[piece.pixels[i]];
   }
 }
-// [side, side] as in MNIST: the ink fitted into 20/28, its centre of mass where MNIST's (14.5) and data/'s (14) are
-Picture fitted(const Picture& p, int side) {
+// [side, side] as in MNIST: the ink fitted into 20/28, its centre of mass at centre/28 (MNIST's are at 14.5, data/'s at 14)
+Picture fitted(const Picture& p, int side, double centre) {
   Piece ink;
   double x_sum = 0, y_sum = 0, mass = ink_of(p);
   for (int i = 0; i < int(p.value.size()); i++) {
@@ -2286,7 +2286,7 @@ Picture fitted(const Picture& p, int side) {
     y_sum += p.value[i] * (i / p.width + .5);
     if (p.value[i] >= .25) ink.add(p, i);
   }
-  double step = ink.size() * 28 / (20 * side), middle = step * side * 14.25 / 28;
+  double step = ink.size() * 28 / (20 * side), middle = step * side * centre / 28;
   Picture to{side, side, {}};
   for (int n = 0; n < side * side; n++) {  // means over squares of `step` pixels
     double x = x_sum / mass - middle + n % side * step, y = y_sum / mass - middle + n / side * step, sum = 0;
@@ -2326,12 +2326,12 @@ template <class T> vector<T> upright(const vector<T>& p, int side, int way) {
 }
 // White on black, with strokes of usual width: 2.2 pixels of 28
 Bytes as_mnist(const Picture& p, int side, int way) {
-  Picture large = fitted(p, 140);
+  Picture large = fitted(p, 140, 14);
   large.value = upright(large.value, 140, way);
   double ink = ink_of(large), bare = ink - ink_of(extreme(large, 1, -1));  // what a pixel less on each side takes
   double excess = 2 * ink / max(bare, 1e-9) - 2.2 * 5;
   Picture usual = extreme(large, std::lround(std::fabs(excess) / 2), excess > 0 ? -1 : 1);
-  Picture small = fitted(ink_of(usual) > .1 * ink ? usual : large, side);
+  Picture small = fitted(ink_of(usual) > .1 * ink ? usual : large, side, 14.25);
   float most = *std::max_element(small.value.begin(), small.value.end());
   Bytes bytes;
   for (float x : small.value) bytes.push_back(std::lround(255 * x / most));
