@@ -2010,105 +2010,166 @@ struct Picture {
   int width, height;
   vector<float> value;  // [height, width]
 };
-// In grey, 0 to 255. Where most is transparent, what is not is the ink, whatever its colour.
+double ink_of(const Picture& p) { return std::accumulate(p.value.begin(), p.value.end(), 0.); }
+// In grey, 0 to 255, at most 400 pixels wide. Where most is transparent, what is not is the ink, whatever its colour.
 Picture read_grey(const string& path) {
   Decoded from = read_picture(path, 2);
-  Picture grey{from.width, from.height, {}}, opaque = grey;
-  double sum = 0;
-  for (int i = 0; i < from.width * from.height; i++) {
-    grey.value.push_back(from.pixel.get()[2 * i]);
-    opaque.value.push_back(from.pixel.get()[2 * i + 1]);
-    sum += opaque.value[i];
+  int step = 1 + max(from.width, from.height) / 400;
+  Picture grey{from.width / step, from.height / step, {}};
+  grey.value.resize(grey.width * grey.height);
+  Picture opaque = grey;
+  for (int n = 0; n < grey.width * step * grey.height * step; n++) {
+    int x = n % (grey.width * step), y = n / (grey.width * step), i = y / step * grey.width + x / step;
+    const uint8_t* pixel = from.pixel.get() + 2 * (size_t(y) * from.width + x);
+    grey.value[i] += pixel[0] / float(step * step);
+    opaque.value[i] += pixel[1] / float(step * step);
   }
-  return sum < 127.5 * opaque.value.size() ? opaque : grey;
+  return ink_of(opaque) < 127.5 * opaque.value.size() ? opaque : grey;
 }
-// [height, width] means over squares of `step` pixels, from the corner (left, top) on. Outside are zeros.
-Picture resample(const Picture& from, double left, double top, double step, int width, int height) {
-  Picture to{width, height, {}};
-  for (int n = 0; n < width * height; n++) {
-    double x = left + n % width * step, y = top + n / width * step, sum = 0;
-    for (int j = max(0., y); j < from.height && j < y + step; j++)
-      for (int i = max(0., x); i < from.width && i < x + step; i++) {
+// The greatest (sign 1) or least (-1) value of the square that reaches that far from each pixel
+Picture extreme(Picture p, int reach, float sign) {
+  for (int pass = 0; pass < 2; pass++) {  // along the rows, which become columns
+    Picture to{p.height, p.width, vector<float>(p.value.size())};
+    for (int y = 0; y < p.height; y++) {
+      vector<float> row(p.width + 2 * reach, -1e9f);
+      for (int x = 0; x < p.width; x++) row[reach + x] = sign * p.value[y * p.width + x];
+      for (int seen = 1, more; seen <= 2 * reach; seen += more) {  // row[i] is the greatest of so many
+        more = min(seen, 2 * reach + 1 - seen);
+        for (size_t i = more; i < row.size(); i++) row[i - more] = max(row[i - more], row[i]);
+      }
+      for (int x = 0; x < p.width; x++) to.value[x * p.height + y] = sign * row[x];
+    }
+    p = to;
+  }
+  return p;
+}
+// Leaves 0 where there is paper, 1 where there is ink, between them at its edges. False: nothing stands out.
+bool find_ink(Picture& p) {
+  int longer = max(p.width, p.height);
+  Picture lightest = extreme(p, longer / 5, 1), darkest = extreme(p, longer / 5, -1);
+  double vote = 0;  // most pixels, above all at the picture's edge, are nearer to paper than to ink
+  for (int i = 0; i < int(p.value.size()); i++) {
+    int x = i % p.width, y = i / p.width, depth = min(min(x, p.width - 1 - x), min(y, p.height - 1 - y));
+    vote += (depth < longer / 20. ? 4 : 1) * (2 * p.value[i] - lightest.value[i] - darkest.value[i]);
+  }
+  // What no square of paper covers is ink. A shadow is paper: squares reach into it from beyond the picture's edge.
+  Picture paper = vote > 0 ? extreme(lightest, longer / 5, -1) : extreme(darkest, longer / 5, 1);
+  for (int i = 0; i < int(p.value.size()); i++) {
+    float light = max(paper.value[i], 64.f);
+    p.value[i] = vote > 0 ? 255 - 255 * p.value[i] / light : p.value[i] - paper.value[i];
+  }
+  vector<float> sorted = p.value;
+  std::sort(sorted.begin(), sorted.end());
+  float grain = sorted[sorted.size() / 4];
+  double threshold = (sorted.back() - grain) / 2;
+  for (int round = 0; round < 20; round++) {  // settles at half the mean of what is above it
+    double sum = 0, count = 1e-9;
+    for (float& x : sorted) {
+      if (x - grain < threshold) continue;
+      sum += x - grain;
+      count++;
+    }
+    threshold = sum / count / 2;
+  }
+  for (float& x : p.value) x = std::clamp((x - grain - threshold / 6) / (threshold * 11 / 6), 0., 1.);
+  return threshold > 10;
+}
+struct Piece {  // pixels of ink that touch each other, and the box round them
+  vector<int> pixels;
+  double left = 1e9, right = 0, top = 1e9, bottom = 0, ink = 0;
+  double size() const { return max(right - left, bottom - top); }
+  void add(const Picture& p, int i) {
+    left = min<double>(left, i % p.width);
+    right = max<double>(right, i % p.width + 1);
+    top = min<double>(top, i / p.width);
+    bottom = max<double>(bottom, i / p.width + 1);
+    ink += p.value[i];
+    pixels.push_back(i);
+  }
+  bool holds(const Piece& o) const { return left < o.left && o.right < right && top < o.top && o.bottom < bottom; }
+  double gap(const Piece& o) const {
+    return max(max(o.left - right, left - o.right), max(o.top - bottom, top - o.bottom));
+  }
+};
+vector<Piece> find_pieces(Picture p) {
+  vector<Piece> pieces;
+  for (int start = 0; start < int(p.value.size()); start++) {
+    if (p.value[start] < .25) continue;
+    Piece piece;
+    vector<int> next = {start};
+    while (!next.empty()) {
+      int i = next.back(), x = i % p.width, y = i / p.width;
+      next.pop_back();
+      if (p.value[i] < .25) continue;
+      piece.add(p, i);
+      p.value[i] = 0;
+      for (int j = max(0, y - 1); j < min(p.height, y + 2); j++)
+        for (int k = max(0, x - 1); k < min(p.width, x + 2); k++) next.push_back(j * p.width + k);
+    }
+    pieces.push_back(piece);
+  }
+  return pieces;
+}
+// Leaves the digit: the piece with most ink, and what lies near it, such as a 5's bar. Specks are too small to be one, and
+// what touches the picture's edge, or has another piece in its box as a frame has, is one only where nothing else is.
+void keep_digit(Picture& p, const string& path) {
+  vector<Piece> all = find_pieces(p), clear, beside;
+  double longer = max(p.width, p.height);
+  for (const Piece& piece : all) {
+    bool odd = piece.left == 0 || piece.top == 0 || piece.right == p.width || piece.bottom == p.height;
+    for (const Piece& other : all) odd |= other.size() > .2 * piece.size() && piece.holds(other);
+    if (piece.size() > (odd ? .5 : .03) * longer) (odd ? beside : clear).push_back(piece);
+  }
+  if (clear.empty()) clear = beside;
+  if (clear.empty()) fail_in(path, "blank: nothing stands out from its background");
+  Piece digit = *std::max_element(clear.begin(), clear.end(), [](auto& a, auto& b) { return a.ink < b.ink; });
+  Picture ink = p;
+  p.value.assign(p.value.size(), 0);
+  for (const Piece& piece : clear) {
+    bool near = digit.gap(piece) < .4 * digit.size();
+    if (!near && piece.size() > .6 * digit.size() && piece.ink > .2 * digit.ink)
+      fail_in(path, "more than one digit, far apart: cut it up, a picture each");
+    for (size_t i = 0; near && i < piece.pixels.size(); i++) p.value[piece.pixels[i]] = ink.value[piece.pixels[i]];
+  }
+}
+// [side, side] as in MNIST: the ink fitted into 20/28, its centre of mass at centre/28 (MNIST's are at 14.5, data/'s at 14)
+Picture fitted(const Picture& p, int side, double centre) {
+  Piece ink;
+  double x_sum = 0, y_sum = 0, mass = ink_of(p);
+  for (int i = 0; i < int(p.value.size()); i++) {
+    x_sum += p.value[i] * (i % p.width + .5);
+    y_sum += p.value[i] * (i / p.width + .5);
+    if (p.value[i] >= .25) ink.add(p, i);
+  }
+  double step = ink.size() * 28 / (20 * side), middle = step * side * centre / 28;
+  Picture to{side, side, {}};
+  for (int n = 0; n < side * side; n++) {  // means over squares of `step` pixels
+    double x = x_sum / mass - middle + n % side * step, y = y_sum / mass - middle + n / side * step, sum = 0;
+    for (int j = max(0., y); j < p.height && j < y + step; j++)
+      for (int i = max(0., x); i < p.width && i < x + step; i++) {
         double wide = min(i + 1., x + step) - max<double>(i, x);  // what of pixel (j, i) lies inside
         double high = min(j + 1., y + step) - max<double>(j, y);
-        sum += wide * high * from.value[j * from.width + i];
+        sum += wide * high * p.value[j * p.width + i];
       }
     to.value.push_back(sum / (step * step));
   }
   return to;
 }
-// Takes away the paper in its uneven light: the quadratic surface that most pixels lie near, by least squares in which a
-// pixel counts the less the farther it lay off in the round before.
-void subtract_paper(Picture& p) {
-  vector<double> f(p.value.size());
-  for (int round = 0; round < 20; round++)
-    for (int term = 0; term < 6; term++) {  // they are nearly orthogonal, so one may be fitted after the other
-      double sum = 0, squares = 1e-9;
-      for (int i = 0; i < int(f.size()); i++) {
-        double x = (i % p.width + .5) / p.width - .5, y = (i / p.width + .5) / p.height - .5;
-        double terms[] = {1, x, y, x * y, x * x - 1 / 12., y * y - 1 / 12.};
-        double weight = round == 0 ? 1 : 1 / (std::fabs(p.value[i]) + 1);
-        f[i] = terms[term];
-        sum += weight * f[i] * p.value[i];
-        squares += weight * f[i] * f[i];
-      }
-      for (size_t i = 0; i < f.size(); i++) p.value[i] -= sum / squares * f[i];
-    }
-}
-// Leaves 0 where there is paper, 1 where there is ink, between them at its edges. False: nothing stands out.
-bool find_ink(Picture& p) {
-  subtract_paper(p);
-  double tilt = 0, threshold = 0, mean[2];           // of paper and of ink
-  for (float x : p.value) tilt += x * std::fabs(x);  // the paper's noise is even, the ink is on one side
-  for (float& x : p.value) {
-    if (tilt < 0) x = -x;
-    threshold = max(threshold, x / 2.);
-  }
-  for (int round = 0; round < 20; round++) {  // settles halfway between the means of what is below and above
-    double sum[2] = {}, count[2] = {1e-9, 1e-9};
-    for (float x : p.value) {
-      sum[x > threshold] += max(x, 0.f);
-      count[x > threshold]++;
-    }
-    for (int side : {0, 1}) mean[side] = sum[side] / count[side];
-    threshold = (mean[0] + mean[1]) / 2;
-  }
-  for (float& x : p.value) x = std::clamp((x - threshold / 2) / (mean[1] - threshold / 2), 0., 1.);
-  return mean[1] > 12 && mean[1] > 10 * mean[0];
-}
-// [side, side] as in MNIST: white on black, fitted into 20/28 of the side, the centre of mass in the middle
-Bytes as_mnist(const Picture& p, int side) {
-  double mass = 0, x_sum = 0, y_sum = 0;
-  int left = p.width, right = 0, top = p.height, bottom = 0;
-  for (int i = 0; i < int(p.value.size()); i++) {
-    int x = i % p.width, y = i / p.width;
-    mass += p.value[i];
-    x_sum += p.value[i] * (x + .5);
-    y_sum += p.value[i] * (y + .5);
-    if (p.value[i] < .25) continue;
-    left = min(left, x);
-    right = max(right, x + 1);
-    top = min(top, y);
-    bottom = max(bottom, y + 1);
-  }
-  double step = max(right - left, bottom - top) * 28. / (20 * side), middle = side * step / 2;
-  Picture small = resample(p, x_sum / mass - middle, y_sum / mass - middle, step, side, side);
-  float most = *std::max_element(small.value.begin(), small.value.end());
-  Bytes bytes;
-  for (float x : small.value) bytes.push_back(std::lround(255 * x / most));
-  return bytes;
-}
 // How the camera was held: EXIF's entry 0x112, one 16-bit number, in either order of bytes. 1 where a file has none.
 int orientation(const Bytes& file) {
-  for (const auto& [entry, at] : {std::pair("\x12\1\3\0\1\0\0\0", 8), std::pair("\1\x12\0\3\0\0\0\1", 9)}) {
-    auto found = std::search(file.begin(), file.end(), entry, entry + 8);
-    if (file.end() - found > 9 && found[at] > 0 && found[at] < 9) return found[at];
+  for (bool big : {false, true}) {
+    const char* head = big ? "MM\0*\0\0\0\x8" : "II*\0\x8\0\0\0";
+    const char* entry = big ? "\1\x12\0\3\0\0\0\1" : "\x12\1\3\0\1\0\0\0";
+    auto tiff = std::search(file.begin(), file.end(), head, head + 8);
+    auto found = std::search(tiff, tiff + min<long>(file.end() - tiff, 1000), entry, entry + 8);
+    int way = file.end() - found > 9 ? found[8 + big] : 0;
+    if (way > 0 && way < 9) return way;
   }
   return 1;
 }
 // EXIF counts from 1 the eight ways to mirror and to turn a picture; from 5 on rows are columns.
-Bytes upright(const Bytes& p, int side, int way) {
-  Bytes to(p.size());
+template <class T> vector<T> upright(const vector<T>& p, int side, int way) {
+  vector<T> to(p.size());
   for (int i = 0; i < side * side; i++) {
     int x = i % side, y = i / side;
     if (way > 4) std::swap(x, y);
@@ -2118,12 +2179,37 @@ Bytes upright(const Bytes& p, int side, int way) {
   }
   return to;
 }
+// White on black, with strokes of usual width: 2.2 pixels of 28
+Bytes as_mnist(const Picture& p, int side, int way) {
+  Picture large = fitted(p, 140, 14);
+  large.value = upright(large.value, 140, way);
+  double ink = ink_of(large), bare = ink - ink_of(extreme(large, 1, -1));  // what a pixel less on each side takes
+  double excess = 2 * ink / max(bare, 1e-9) - 2.2 * 5;
+  Picture usual = extreme(large, std::lround(std::fabs(excess) / 2), excess > 0 ? -1 : 1);
+  Picture small = fitted(ink_of(usual) > .1 * ink ? usual : large, side, 14.25);
+  float most = *std::max_element(small.value.begin(), small.value.end());
+  Bytes bytes;
+  for (float x : small.value) bytes.push_back(std::lround(255 * x / most));
+  return bytes;
+}
+// The network's input. A picture of its size whose border is evenly black or white is that already.
 Bytes read_digit(const string& path, int side) {
-  Picture whole = read_grey(path);
-  double step = max(1., max(whole.width, whole.height) / 400.);  // at most 400 pixels are enough
-  Picture p = resample(whole, 0, 0, step, max(1., whole.width / step), max(1., whole.height / step));
-  if (!find_ink(p)) fail_in(path, "blank: nothing stands out from its background");
-  return upright(as_mnist(p, side), side, orientation(read_file(path)));
+  Picture p = read_grey(path);
+  Bytes pixels(p.value.begin(), p.value.end()), border = {128};
+  for (int i = 0; i < side && p.width == side && p.height == side; i++)
+    for (int at : {i, side * i, side * i + side - 1, side * side - 1 - i}) border.push_back(pixels[at]);
+  std::sort(border.begin(), border.end());
+  int even = border[border.size() / 2];
+  if (even > 223)
+    for (uint8_t& x : pixels) x = 255 - x;
+  auto [least, most] = std::minmax_element(pixels.begin(), pixels.end());
+  bool blank = pixels.empty() || *most - *least < 20;
+  if (blank || (even >= 32 && even <= 223 && !find_ink(p)))
+    fail_in(path, "blank: nothing stands out from its background");
+  int way = orientation(read_file(path));
+  if (even < 32 || even > 223) return upright(pixels, side, way);
+  keep_digit(p, path);
+  return as_mnist(p, side, way);
 }
 void predict_picture(Mlp& net, const string& path, int side) {
   Bytes pixels = read_digit(path, side);

@@ -2652,6 +2652,28 @@ TEST_SUITE("predict") {
     CHECK(std::count(want.begin(), want.end(), '\n') == 15);
     says(want, {"x.png: 0 (10.0%)\n", "█"});
   }
+  TEST_CASE("nothing else in the picture changes the answer; two digits are refused") {
+    const Workplace w;
+    w.put("m", ignorant(784));
+    const auto seen = [&](const string& pixels) {
+      w.put("x.png", png(120, 120, pixels));
+      return w.run("predict m x.png");
+    };
+    string speck = picture(grey, 120, 3, 30, 30), edge = speck, frame = speck, two = speck;
+    const string want = succeed(seen(speck)).out;
+    speck.replace(242, 3, 3, '\0');
+    for (int i = 0; i < 120; i++) {
+      edge.replace(i * 120, 6, 6, '\0');
+      if (i > 35 && i < 85) two.replace(i * 120 + 112, 3, 3, '\0');
+      for (const int at : {600 + i, 13680 + i, i * 120 + 5, i * 120 + 114})
+        if (i > 4 && i < 115) frame[at] = '\0';
+    }
+    for (const string& pixels : {speck, edge, frame}) CHECK(succeed(seen(pixels)).out == want);
+    refuse(seen(two), {"x.png: ", "more than one digit"});
+    const string raw = picture([](int i) { return string(1, char(250 - 200 * i)); }, 28);  // is the input as it is
+    w.put("x.png", png(28, 28, raw));
+    says(succeed(w.run("predict m x.png")).out, {"x.png: 0 (10.0%)\n" + string(30, ' ') + "\n       ▄"});
+  }
   TEST_CASE("a line for each picture that cannot be read, and an answer for the others") {
     const Workplace w;
     w.put("m", ignorant(784));
