@@ -1155,47 +1155,41 @@ void write_file(const string& path, const string& bytes) {
 
 // Debian 12's stb_image 2.27 copies a JPEG's Huffman table into room for 256 codes, however many there are.
 static void check_jpeg(const string& path, const Bytes& file) {
-  auto byte = [&](size_t i) { return i < file.size() ? file[i] : 0; };
-  for (size_t at = 2; at < file.size();) {
-    int marker = byte(at) == 0xff ? byte(at + 1) : 0;
-    if (marker == 0xd9) return;                                      // the end
-    if (marker == 0 || marker == 0xff || (marker & 0xf8) == 0xd0) {  // pixels, or a restart
-      at++;
-      continue;
-    }
-    size_t end = at + 2 + 256 * byte(at + 2) + byte(at + 3);
-    for (size_t table = at + 4; marker == 0xc4 && table < end;) {
-      int codes = 0;
-      for (int length = 1; length <= 16; length++) codes += byte(table + length);
+  for (size_t at = 2; at + 4 < file.size();) {
+    int marker = file[at] == 0xff ? file[at + 1] : 0;
+    if (marker == 0xd9) return;  // the end
+    size_t end = at + 1;         // of a pixel, or of a restart marker
+    if (marker >= 0xc0 && marker < 0xff && (marker & 0xf8) != 0xd0) end = at + 2 + 256 * file[at + 2] + file[at + 3];
+    for (size_t table = at + 4; marker == 0xc4 && table < min(end, file.size());) {
+      int codes = std::accumulate(&file[table] + 1, file.data() + min(table + 17, file.size()), 0);
       if (codes > 256) fail_in(path, format("damaged: the Huffman table at byte %zu", table));
       table += 17 + codes;
     }
     at = end;
   }
 }
-struct Decoded {
+template <class T> struct Picture {
   int width, height;
-  std::unique_ptr<uint8_t, void (*)(void*)> pixel;  // [height, width, channels] grey, alpha
+  vector<T> value;  // [height, width, channels]
 };
-static Decoded read_picture(const string& path, int channels) {  // a PNG or JPEG
+static Picture<uint8_t> read_picture(const string& path,
+                                     int channels) {  // a PNG or JPEG: grey, and alpha if channels is 2
   Bytes file = read_file(path);
-  int size = int(file.size());
-  int width = 0, height = 0, found = 0;
-  if (size > 1 && file[0] == 0xff && file[1] == 0xd8) check_jpeg(path, file);
-  else if (size < 1 || file[0] != 0x89) fail_in(path, "not a PNG or JPEG");
+  int size = file.size(), width = 0, height = 0, found = 0;
+  if (size > 0 && file[0] == 0xff) check_jpeg(path, file);
   if (!stbi_info_from_memory(file.data(), size, &width, &height, &found)) fail_in(path, "not a PNG or JPEG");
   double pixels = double(width) * height;
   if (pixels > 100e6) fail_in(path, format("%d x %d pixels are more than 100 million", width, height));
   // A JPEG has at least a bit for 8 x 8 pixels, a PNG a bit for each, of which deflate packs at most 1032 into one.
   if (pixels / (file[0] == 0xff ? 512 : 8 * 1032) > size)
     fail_in(path, format("%d x %d pixels cannot be in this file", width, height));
-  uint8_t* pixel = stbi_load_from_memory(file.data(), size, &width, &height, &found, channels);
+  shared_ptr<uint8_t> pixel(stbi_load_from_memory(file.data(), size, &width, &height, &found, channels), free);
   if (!pixel) fail_in(path, "damaged, or no memory left: its pixels cannot be decoded");
-  return {width, height, {pixel, stbi_image_free}};
+  return {width, height, {pixel.get(), pixel.get() + size_t(width) * height * channels}};
 }
 // A sheet: square tiles, 100 in a row; row r of tiles shows the digit r mod 10 and no other.
 static Images read_sheet(const string& path) {
-  Decoded sheet = read_picture(path, 1);
+  Picture<uint8_t> sheet = read_picture(path, 1);
   int side = sheet.width / 100;
   if (side == 0 || sheet.width % 100 != 0 || sheet.height % side != 0)
     fail_in(path, format("%d x %d pixels do not divide into rows of 100 square tiles", sheet.width, sheet.height));
@@ -1205,7 +1199,7 @@ static Images read_sheet(const string& path) {
   for (int tile = 0; tile < images.count; tile++) {
     images.label.push_back(uint8_t(tile / 100 % 10));
     for (int y = 0; y < side; y++) {
-      const uint8_t* from = sheet.pixel.get() + (tile / 100 * side + y) * sheet.width + tile % 100 * side;
+      const uint8_t* from = &sheet.value[(tile / 100 * side + y) * sheet.width + tile % 100 * side];
       images.pixel.insert(images.pixel.end(), from, from + side);
     }
   }
@@ -2006,98 +2000,90 @@ void test(const vector<string>& words, const string& model) {
   printf("\n\ntest accuracy %.2f%%\n", accuracy(t.net, data.test));
 }
 
-struct Picture {
-  int width, height;
-  vector<float> value;  // [height, width]
-};
-double ink_of(const Picture& p) { return std::accumulate(p.value.begin(), p.value.end(), 0.); }
-// In grey, 0 to 255, at most 400 pixels wide. Where most is transparent, what is not is the ink, whatever its colour.
-Picture read_grey(const string& path) {
-  Decoded from = read_picture(path, 2);
-  int step = 1 + max(from.width, from.height) / 400;
-  Picture grey{from.width / step, from.height / step, {}};
-  grey.value.resize(grey.width * grey.height);
-  Picture opaque = grey;
-  for (int n = 0; n < grey.width * step * grey.height * step; n++) {
-    int x = n % (grey.width * step), y = n / (grey.width * step), i = y / step * grey.width + x / step;
-    const uint8_t* pixel = from.pixel.get() + 2 * (size_t(y) * from.width + x);
-    grey.value[i] += pixel[0] / float(step * step);
-    opaque.value[i] += pixel[1] / float(step * step);
+double sum(const vector<float>& values) { return std::accumulate(values.begin(), values.end(), 0.); }
+using Grey = Picture<float>;
+// How the camera was held: EXIF's entry 0x112, one 16-bit number, in either order of bytes. 1 where a file has none.
+int orientation(const Bytes& file) {
+  for (const auto& [entry, at] : {std::pair("\x12\1\3\0\1\0\0\0", 8), std::pair("\1\x12\0\3\0\0\0\1", 9)}) {
+    auto found = std::search(file.begin(), file.end(), entry, entry + 8);
+    if (file.end() - found > 9 && found[at] > 0 && found[at] < 9) return found[at];
   }
-  return ink_of(opaque) < 127.5 * opaque.value.size() ? opaque : grey;
+  return 1;
 }
-// The greatest (sign 1) or least (-1) value of the square that reaches that far from each pixel
-Picture extreme(Picture p, int reach, float sign) {
+// In grey, 0 to 255, upright, at most 400 pixels wide. Where most is transparent, what is not is the ink.
+Grey read_grey(const string& path) {
+  Picture<uint8_t> from = read_picture(path, 2);
+  int step = 1 + max(from.width, from.height) / 400, width = from.width / step, height = from.height / step;
+  int way = orientation(read_file(path));  // one of eight; from 5 on rows are columns
+  Grey grey{width, height, vector<float>(width * height)};
+  if (way > 4) std::swap(grey.width, grey.height);
+  Grey opaque = grey;
+  for (int y = 0; y < height * step; y++)
+    for (int x = 0; x < width * step; x++) {
+      int i = x / step, j = y / step;
+      if (way > 4) std::swap(i, j);
+      if (way & 2) i = grey.width - 1 - i;
+      if ((way - 1) & 2) j = grey.height - 1 - j;
+      const uint8_t* pixel = &from.value[2 * (size_t(y) * from.width + x)];
+      grey.value[j * grey.width + i] += pixel[0] / float(step * step);
+      opaque.value[j * grey.width + i] += pixel[1] / float(step * step);
+    }
+  return sum(opaque.value) < 127.5 * width * height ? opaque : grey;
+}
+// Each pixel becomes the greatest, or the least, of the square that reaches that far from it.
+Grey extreme(Grey p, int reach, bool greatest) {
   for (int pass = 0; pass < 2; pass++) {  // along the rows, which become columns
-    Picture to{p.height, p.width, vector<float>(p.value.size())};
-    for (int y = 0; y < p.height; y++) {
-      vector<float> row(p.width + 2 * reach, -1e9f);
-      for (int x = 0; x < p.width; x++) row[reach + x] = sign * p.value[y * p.width + x];
-      for (int seen = 1, more; seen <= 2 * reach; seen += more) {  // row[i] is the greatest of so many
-        more = min(seen, 2 * reach + 1 - seen);
-        for (size_t i = more; i < row.size(); i++) row[i - more] = max(row[i - more], row[i]);
-      }
-      for (int x = 0; x < p.width; x++) to.value[x * p.height + y] = sign * row[x];
+    Grey to{p.height, p.width, p.value};
+    for (int i = 0; i < int(p.value.size()); i++) {
+      int x = i % p.width, y = i / p.width;
+      auto begin = p.value.begin() + i - min(x, reach), end = p.value.begin() + i + min(p.width - x, reach + 1);
+      to.value[x * p.height + y] = greatest ? *std::max_element(begin, end) : *std::min_element(begin, end);
     }
     p = to;
   }
   return p;
 }
 // Leaves 0 where there is paper, 1 where there is ink, between them at its edges. False: nothing stands out.
-bool find_ink(Picture& p) {
-  int longer = max(p.width, p.height);
-  Picture lightest = extreme(p, longer / 5, 1), darkest = extreme(p, longer / 5, -1);
+bool find_ink(Grey& p) {
+  int longer = max(p.width, p.height), count = p.value.size();
+  Grey lightest = extreme(p, longer / 5, true), darkest = extreme(p, longer / 5, false);
   double vote = 0;  // most pixels, above all at the picture's edge, are nearer to paper than to ink
-  for (int i = 0; i < int(p.value.size()); i++) {
+  for (int i = 0; i < count; i++) {
     int x = i % p.width, y = i / p.width, depth = min(min(x, p.width - 1 - x), min(y, p.height - 1 - y));
     vote += (depth < longer / 20. ? 4 : 1) * (2 * p.value[i] - lightest.value[i] - darkest.value[i]);
   }
   // What no square of paper covers is ink. A shadow is paper: squares reach into it from beyond the picture's edge.
-  Picture paper = vote > 0 ? extreme(lightest, longer / 5, -1) : extreme(darkest, longer / 5, 1);
-  for (int i = 0; i < int(p.value.size()); i++) {
-    float light = max(paper.value[i], 64.f);
-    p.value[i] = vote > 0 ? 255 - 255 * p.value[i] / light : p.value[i] - paper.value[i];
-  }
+  Grey paper = vote > 0 ? extreme(lightest, longer / 5, false) : extreme(darkest, longer / 5, true);
+  for (int i = 0; i < count; i++)
+    p.value[i] = vote > 0 ? 255 - 255 * p.value[i] / max(paper.value[i], 64.f) : p.value[i] - paper.value[i];
   vector<float> sorted = p.value;
   std::sort(sorted.begin(), sorted.end());
-  float grain = sorted[sorted.size() / 4];
-  double threshold = (sorted.back() - grain) / 2;
+  double grain = sorted[count / 4], threshold = (sorted.back() - grain) / 2;
   for (int round = 0; round < 20; round++) {  // settles at half the mean of what is above it
-    double sum = 0, count = 1e-9;
-    for (float& x : sorted) {
-      if (x - grain < threshold) continue;
-      sum += x - grain;
-      count++;
-    }
-    threshold = sum / count / 2;
+    auto above = std::lower_bound(sorted.begin(), sorted.end(), grain + threshold);
+    threshold = (std::accumulate(above, sorted.end(), 0.) / max<long>(sorted.end() - above, 1) - grain) / 2;
   }
   for (float& x : p.value) x = std::clamp((x - grain - threshold / 6) / (threshold * 11 / 6), 0., 1.);
   return threshold > 10;
 }
 struct Piece {  // pixels of ink that touch each other, and the box round them
   vector<int> pixels;
-  double left = 1e9, right = 0, top = 1e9, bottom = 0, ink = 0;
+  double ink = 0, left = 1e9, right = 0, top = 1e9, bottom = 0;
   double size() const { return max(right - left, bottom - top); }
-  void add(const Picture& p, int i) {
+  void add(const Grey& p, int i) {
+    pixels.push_back(i);
+    ink += p.value[i];
     left = min<double>(left, i % p.width);
     right = max<double>(right, i % p.width + 1);
     top = min<double>(top, i / p.width);
     bottom = max<double>(bottom, i / p.width + 1);
-    ink += p.value[i];
-    pixels.push_back(i);
-  }
-  bool holds(const Piece& o) const { return left < o.left && o.right < right && top < o.top && o.bottom < bottom; }
-  double gap(const Piece& o) const {
-    return max(max(o.left - right, left - o.right), max(o.top - bottom, top - o.bottom));
   }
 };
-vector<Piece> find_pieces(Picture p) {
+vector<Piece> find_pieces(Grey p) {  // all but specks
   vector<Piece> pieces;
   for (int start = 0; start < int(p.value.size()); start++) {
-    if (p.value[start] < .25) continue;
     Piece piece;
-    vector<int> next = {start};
-    while (!next.empty()) {
+    for (vector<int> next = {start}; !next.empty();) {
       int i = next.back(), x = i % p.width, y = i / p.width;
       next.pop_back();
       if (p.value[i] < .25) continue;
@@ -2106,110 +2092,83 @@ vector<Piece> find_pieces(Picture p) {
       for (int j = max(0, y - 1); j < min(p.height, y + 2); j++)
         for (int k = max(0, x - 1); k < min(p.width, x + 2); k++) next.push_back(j * p.width + k);
     }
-    pieces.push_back(piece);
+    if (piece.size() > .03 * max(p.width, p.height)) pieces.push_back(piece);
   }
   return pieces;
 }
-// Leaves the digit: the piece with most ink, and what lies near it, such as a 5's bar. Specks are too small to be one, and
-// what touches the picture's edge, or has another piece in its box as a frame has, is one only where nothing else is.
-void keep_digit(Picture& p, const string& path) {
-  vector<Piece> all = find_pieces(p), clear, beside;
-  double longer = max(p.width, p.height);
-  for (const Piece& piece : all) {
-    bool odd = piece.left == 0 || piece.top == 0 || piece.right == p.width || piece.bottom == p.height;
-    for (const Piece& other : all) odd |= other.size() > .2 * piece.size() && piece.holds(other);
-    if (piece.size() > (odd ? .5 : .03) * longer) (odd ? beside : clear).push_back(piece);
+// Leaves the digit: the piece with most ink, and what lies near it, such as a 5's bar. What touches the picture's edge, or
+// has another piece in its box as a frame has, is the digit only where nothing else is.
+void keep_digit(Grey& p, const string& path) {
+  vector<Piece> clear, doubtful, all = find_pieces(p);
+  for (const Piece& a : all) {
+    bool odd = a.left == 0 || a.top == 0 || a.right == p.width || a.bottom == p.height;
+    for (const Piece& b : all)
+      if (a.left < b.left && b.right < a.right && a.top < b.top && b.bottom < a.bottom) odd |= b.size() > .2 * a.size();
+    if (!odd) clear.push_back(a);
+    else if (a.size() > .5 * max(p.width, p.height)) doubtful.push_back(a);
   }
-  if (clear.empty()) clear = beside;
+  if (clear.empty()) clear = doubtful;
   if (clear.empty()) fail_in(path, "blank: nothing stands out from its background");
   Piece digit = *std::max_element(clear.begin(), clear.end(), [](auto& a, auto& b) { return a.ink < b.ink; });
-  Picture ink = p;
-  p.value.assign(p.value.size(), 0);
-  for (const Piece& piece : clear) {
-    bool near = digit.gap(piece) < .4 * digit.size();
-    if (!near && piece.size() > .6 * digit.size() && piece.ink > .2 * digit.ink)
+  Grey only{p.width, p.height, vector<float>(p.value.size())};
+  for (const Piece& a : clear) {
+    double gap = max(max(a.left - digit.right, digit.left - a.right), max(a.top - digit.bottom, digit.top - a.bottom));
+    if (gap < .4 * digit.size())
+      for (int i : a.pixels) only.value[i] = p.value[i];
+    else if (a.size() > .6 * digit.size() && a.ink > .2 * digit.ink)
       fail_in(path, "more than one digit, far apart: cut it up, a picture each");
-    for (size_t i = 0; near && i < piece.pixels.size(); i++) p.value[piece.pixels[i]] = ink.value[piece.pixels[i]];
   }
+  p = only;
 }
 // [side, side] as in MNIST: the ink fitted into 20/28, its centre of mass at centre/28 (MNIST's are at 14.5, data/'s at 14)
-Picture fitted(const Picture& p, int side, double centre) {
+Grey fitted(const Grey& p, int side, double centre) {
   Piece ink;
-  double x_sum = 0, y_sum = 0, mass = ink_of(p);
+  double x_sum = 0, y_sum = 0, mass = sum(p.value);
   for (int i = 0; i < int(p.value.size()); i++) {
     x_sum += p.value[i] * (i % p.width + .5);
     y_sum += p.value[i] * (i / p.width + .5);
     if (p.value[i] >= .25) ink.add(p, i);
   }
   double step = ink.size() * 28 / (20 * side), middle = step * side * centre / 28;
-  Picture to{side, side, {}};
+  Grey to{side, side, {}};
   for (int n = 0; n < side * side; n++) {  // means over squares of `step` pixels
-    double x = x_sum / mass - middle + n % side * step, y = y_sum / mass - middle + n / side * step, sum = 0;
+    double x = x_sum / mass - middle + n % side * step, y = y_sum / mass - middle + n / side * step, inside = 0;
     for (int j = max(0., y); j < p.height && j < y + step; j++)
-      for (int i = max(0., x); i < p.width && i < x + step; i++) {
-        double wide = min(i + 1., x + step) - max<double>(i, x);  // what of pixel (j, i) lies inside
-        double high = min(j + 1., y + step) - max<double>(j, y);
-        sum += wide * high * p.value[j * p.width + i];
-      }
-    to.value.push_back(sum / (step * step));
-  }
-  return to;
-}
-// How the camera was held: EXIF's entry 0x112, one 16-bit number, in either order of bytes. 1 where a file has none.
-int orientation(const Bytes& file) {
-  for (bool big : {false, true}) {
-    const char* head = big ? "MM\0*\0\0\0\x8" : "II*\0\x8\0\0\0";
-    const char* entry = big ? "\1\x12\0\3\0\0\0\1" : "\x12\1\3\0\1\0\0\0";
-    auto tiff = std::search(file.begin(), file.end(), head, head + 8);
-    auto found = std::search(tiff, tiff + min<long>(file.end() - tiff, 1000), entry, entry + 8);
-    int way = file.end() - found > 9 ? found[8 + big] : 0;
-    if (way > 0 && way < 9) return way;
-  }
-  return 1;
-}
-// EXIF counts from 1 the eight ways to mirror and to turn a picture; from 5 on rows are columns.
-template <class T> vector<T> upright(const vector<T>& p, int side, int way) {
-  vector<T> to(p.size());
-  for (int i = 0; i < side * side; i++) {
-    int x = i % side, y = i / side;
-    if (way > 4) std::swap(x, y);
-    if (way & 2) x = side - 1 - x;
-    if ((way - 1) & 2) y = side - 1 - y;
-    to[y * side + x] = p[i];
+      for (int i = max(0., x); i < p.width && i < x + step; i++)  // what of pixel (j, i) lies inside
+        inside += p.value[j * p.width + i] * (min(i + 1., x + step) - max<double>(i, x)) *
+                  (min(j + 1., y + step) - max<double>(j, y));
+    to.value.push_back(inside / (step * step));
   }
   return to;
 }
 // White on black, with strokes of usual width: 2.2 pixels of 28
-Bytes as_mnist(const Picture& p, int side, int way) {
-  Picture large = fitted(p, 140, 14);
-  large.value = upright(large.value, 140, way);
-  double ink = ink_of(large), bare = ink - ink_of(extreme(large, 1, -1));  // what a pixel less on each side takes
-  double excess = 2 * ink / max(bare, 1e-9) - 2.2 * 5;
-  Picture usual = extreme(large, std::lround(std::fabs(excess) / 2), excess > 0 ? -1 : 1);
-  Picture small = fitted(ink_of(usual) > .1 * ink ? usual : large, side, 14.25);
+Bytes as_mnist(const Grey& p, int side) {
+  Grey large = fitted(p, 140, 14);
+  double ink = sum(large.value),
+         rim = ink - sum(extreme(large, 1, false).value);  // the outermost pixels of each stroke
+  double excess = 2 * ink / max(rim, 1e-9) - 2.2 * 5;
+  Grey usual = extreme(large, std::lround(std::fabs(excess) / 2), excess < 0);
+  Grey small = fitted(sum(usual.value) > .1 * ink ? usual : large, side, 14.25);
   float most = *std::max_element(small.value.begin(), small.value.end());
   Bytes bytes;
   for (float x : small.value) bytes.push_back(std::lround(255 * x / most));
   return bytes;
 }
-// The network's input. A picture of its size whose border is evenly black or white is that already.
+// A picture of the network's size is its input as it is, or inverted, if the median of its border is near black or white.
 Bytes read_digit(const string& path, int side) {
-  Picture p = read_grey(path);
-  Bytes pixels(p.value.begin(), p.value.end()), border = {128};
+  Grey p = read_grey(path);
+  vector<float> border;
   for (int i = 0; i < side && p.width == side && p.height == side; i++)
-    for (int at : {i, side * i, side * i + side - 1, side * side - 1 - i}) border.push_back(pixels[at]);
+    for (int at : {i, side * i, side * i + side - 1, side * side - 1 - i}) border.push_back(p.value[at]);
   std::sort(border.begin(), border.end());
-  int even = border[border.size() / 2];
-  if (even > 223)
-    for (uint8_t& x : pixels) x = 255 - x;
-  auto [least, most] = std::minmax_element(pixels.begin(), pixels.end());
-  bool blank = pixels.empty() || *most - *least < 20;
-  if (blank || (even >= 32 && even <= 223 && !find_ink(p)))
-    fail_in(path, "blank: nothing stands out from its background");
-  int way = orientation(read_file(path));
-  if (even < 32 || even > 223) return upright(pixels, side, way);
+  float paper = border.empty() ? 128 : border[2 * side];
+  if (paper > 223)
+    for (float& x : p.value) x = 255 - x;
+  if ((paper < 32 || paper > 223) && *std::max_element(p.value.begin(), p.value.end()) > 20)
+    return {p.value.begin(), p.value.end()};
+  if (p.value.empty() || !find_ink(p)) fail_in(path, "blank: nothing stands out from its background");
   keep_digit(p, path);
-  return as_mnist(p, side, way);
+  return as_mnist(p, side);
 }
 void predict_picture(Mlp& net, const string& path, int side) {
   Bytes pixels = read_digit(path, side);
@@ -2219,12 +2178,10 @@ void predict_picture(Mlp& net, const string& path, int side) {
   for (float x : z) sum += std::exp(x - *best);
   if (!std::isfinite(sum)) fail_in(path, "the model answers NaN or infinity; train it again, or in fp32");
   printf("%s: %td (%.1f%%)\n", path.c_str(), best - z.begin(), 100 / sum);
-  const char* const blocks[] = {" ", "▀", "▄", "█"};  // two rows of pixels a line
-  pixels.resize((side + 1) * side);
-  for (int y = 0; y < side; y += 2) {
+  const char* const shades[] = {" ", "░", "▒", "▓", "█"};
+  for (int y = 0; y + 1 < side; y += 2) {  // two rows of pixels a line
     printf("  ");
-    for (int i = y * side; i < (y + 1) * side; i++)
-      printf("%s", blocks[(pixels[i] > 127) + 2 * (pixels[i + side] > 127)]);
+    for (int i = y * side; i < (y + 1) * side; i++) printf("%s", shades[(pixels[i] + pixels[i + side]) / 103]);
     printf("\n");
   }
 }

@@ -2672,7 +2672,7 @@ TEST_SUITE("predict") {
     refuse(seen(two), {"x.png: ", "more than one digit"});
     const string raw = picture([](int i) { return string(1, char(250 - 200 * i)); }, 28);  // is the input as it is
     w.put("x.png", png(28, 28, raw));
-    says(succeed(w.run("predict m x.png")).out, {"x.png: 0 (10.0%)\n" + string(30, ' ') + "\n       ▄"});
+    says(succeed(w.run("predict m x.png")).out, {"x.png: 0 (10.0%)\n" + string(30, ' ') + "\n       ▒"});
   }
   TEST_CASE("a line for each picture that cannot be read, and an answer for the others") {
     const Workplace w;
