@@ -36,11 +36,11 @@ endif
 
 .PHONY: all run test plots packages fuzz mnist digits cuda-check gpu exercises check-all walkthrough format clean FORCE
 all: $(B)/mp
-	@echo "built $(B)/mp ($(BACKEND)). Next: make run, make test, build/mp --help; walkthrough.md tells the story"
+	@echo "built $(B)/mp ($(BACKEND)). Next: make run, make test, build/mp --help"
 run: $(B)/mp
 	$(B)/mp train --save build/digits.safetensors $(ARGS)
-	@echo "Next: build/mp test build/digits.safetensors            which digits it takes for which"
-	@echo "      build/mp train --precision bf16 --update half --lr 0.001   no master weights: it learns next to nothing"
+	@echo "Next: build/mp test build/digits.safetensors   which digits it takes for which"
+	@echo "      build/mp train --precision bf16 --update half --lr 0.001   hardly learns"
 	@echo "      make mnist && build/mp train --data build/mnist --lr 0.2 --epochs 5"
 test: $(B)/tests $(B)/mp
 	MP_PROGRAM=$(B)/mp $(B)/tests $(ARGS)

@@ -1105,7 +1105,7 @@ static vector<float> learn_parabola(bool relu) {  // the loss of each epoch
 }
 static void article() {
   vector<float> line = learn_parabola(false), relu = learn_parabola(true);
-  printf("%s · 1-5-1 · fp16, fp32 master, dynamic loss scale · 256 points of y = x^2\n\n", machine().c_str());
+  printf("%s\n1-5-1 · fp16, fp32 master, dynamic loss scale · 256 points of y = x^2\n\n", machine().c_str());
   printf("  epoch  loss without activation  loss with ReLU\n");
   for (int epoch : {1, 3, 10, 30, 100}) printf("%7d  %23.5f  %14.5f\n", epoch, line[epoch - 1], relu[epoch - 1]);
 }
@@ -1689,8 +1689,8 @@ string dashed(string layers) {  // 784-128-10
   std::replace(layers.begin(), layers.end(), ',', '-');
   return layers;
 }
-string describe(const Options& o) {
-  string text = machine() + " · " + dashed(o["layers"]) + " · ";
+string describe(const Options& o) {  // in two lines
+  string text = machine() + "\n" + dashed(o["layers"]) + " · ";
   text += o.automatic ? "auto: fp16 or fp32 by layer" : o["precision"];
   if (o.update != Update::master) text += ", no master, " + o["update"] + " update";
   else if (o.precision != Type::fp32) text += ", fp32 master";
@@ -1757,7 +1757,7 @@ void choose_types(Training& t, bool quiet) {
   set_types(t.net);
   t.graph = Graph();  // to be recorded anew
 }
-string map_of(const Mlp& net) {  // `16 32   98.7%`: bits by layer, multiply-adds in 16
+string map_of(const Mlp& net) {  // `16 32  98.7%`: bits by layer, the share of multiply-adds in 16
   string bits;
   double narrow = 0, all = 0;
   for (int l = 1; l <= net.L; l++) {
@@ -1767,7 +1767,7 @@ string map_of(const Mlp& net) {  // `16 32   98.7%`: bits by layer, multiply-add
     if (W.type != Type::fp32) narrow += products;
     bits += W.type == Type::fp32 ? "32 " : "16 ";
   }
-  return bits + format("%9.1f%%", 100 * narrow / all);
+  return bits + format("%5.1f%%", 100 * narrow / all);
 }
 double now_in_seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -1873,8 +1873,7 @@ void train(const vector<string>& words) {
   }
   printf("%s\n%s: %d images to train on, %d to test\n", describe(t.o).c_str(), t.data.what.c_str(), t.data.train.count,
          t.data.test.count);
-  printf("epoch  train loss  test accuracy  loss scale  skipped  images/s  seconds%s\n",
-         o.automatic ? "  bits by layer, multiply-adds in 16" : "");
+  printf("epoch  train loss  accuracy  loss scale  skipped  images/s  seconds%s\n", o.automatic ? " bits  in 16" : "");
   if (!save.empty() && t.epoch >= o.epochs) save_checkpoint(save, t);  // there is nothing left to train
   while (t.epoch < o.epochs) {
     vector<StepRecord> records = train_epoch(t);
@@ -1883,11 +1882,13 @@ void train(const vector<string>& words) {
       fail(format(
           "step %u (epoch %d): %s, which no loss scale below %g can prevent; use a smaller --lr, or bf16 or fp32",
           t.state.step, t.epoch, first_not_finite(t.net).c_str(), t.state.scale));
-    printf("%5d  %10.5g  %12.2f%%  %10g  %7d  %8.0f  %7.2f", t.epoch, t.mean_loss, t.test_accuracy, t.state.scale,
+    printf("%5d  %10.5f  %7.2f%%  %10g  %7d  %8.0f  %7.2f", t.epoch, t.mean_loss, t.test_accuracy, t.state.scale,
            t.state.skipped, t.steps * o.batch / t.seconds, t.seconds);
-    printf(o.automatic ? "  %s\n" : "\n", map_of(t.net).c_str());
+    printf(o.automatic ? " %s\n" : "\n", map_of(t.net).c_str());
     if (!save.empty()) save_checkpoint(save, t);
   }
+  if (t.state.skipped == int(t.state.step))
+    printf("Every step was skipped: gradients overflowed. Try --loss-scale dynamic.\n");
   printf("test accuracy %.2f%%\n", accuracy(t.net, t.data.test));
 }
 
@@ -1920,7 +1921,7 @@ const struct Setting {
                 {"fp16, stochastic", "--update stochastic", ""},
                 {"bf16, master", "--precision bf16", "lr"},
                 {"bf16, no master", "--precision bf16 --update half", "lr"},
-                {"auto: fp16 or fp32 by layer", "--precision auto", "scale"}};
+                {"auto: 16 or 32 by layer", "--precision auto", "scale"}};
 // What --sweep tries one after the other, all powers of 2; without it one value, no option
 vector<string> values_of(const string& sweep) {
   vector<string> values;
@@ -1934,8 +1935,9 @@ void compare(const vector<string>& words, const Options& o) {
   const string& sweep = o["sweep"];
   if (sweep == "lr" && o.has("lr")) misuse("--sweep lr tries rates of its own: leave out --lr");
   Dataset data = load_dataset(o["data"]);
-  printf("%s · %s · %s\n\n", machine().c_str(), dashed(o["layers"]).c_str(), data.what.c_str());
-  printf("%-29s accuracy  final loss  skipped   flushed    weights  activations  gradients  seconds\n", "");
+  printf("%s\n%s · %s\n\n", machine().c_str(), dashed(o["layers"]).c_str(), data.what.c_str());
+  printf("flushed: gradients that became 0; KiB of weights, activations, gradients\n\n");
+  printf("%-23s accuracy    loss  skips flushed weights    a  grads   sec\n", "");
   for (const string& value : values_of(sweep)) {
     if (!value.empty()) printf("%s\n", value.c_str());
     for (const Setting& s : settings) {
@@ -1945,9 +1947,9 @@ void compare(const vector<string>& words, const Options& o) {
       Training t = learn(parse("compare", words, epochs + s.options + " " + value), data);
       double seconds = now_in_seconds() - start;
       Footprint bytes = footprint(t.net);
-      printf("%-29s %7.2f%%  %10.4g  %7d  %7.2f%%  %9zu  %11zu  %9zu  %7.2f%s\n", s.name, t.test_accuracy, t.mean_loss,
-             t.state.skipped, flushed(t), bytes.weights + bytes.master + bytes.compensation, bytes.activations,
-             bytes.gradients, seconds, t.state.halted ? "  halted" : "");
+      printf("%-23s %7.2f%% %7.4f %6d %6.2f%% %7zu %4zu %6zu %5.1f%s\n", s.name, t.test_accuracy, t.mean_loss,
+             t.state.skipped, flushed(t), (bytes.weights + bytes.master + bytes.compensation) / 1024,
+             bytes.activations / 1024, bytes.gradients / 1024, seconds, t.state.halted ? " halted" : "");
     }
   }
 }
@@ -1956,14 +1958,15 @@ void compare(const vector<string>& words, const Options& o) {
 void print_exponents(const string& name, const Exponents& e) {
   const char* const heights[] = {" ", "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
   double one_percent = max<int64_t>(e.nonzero(), 1) / 100.;
+  printf("%s: %.1f%% to zero, %.1f%% subnormal, %.1f%% overflow\n", name.c_str(),
+         e.between(Exponents::lowest, -25) / one_percent, e.between(-25, -14) / one_percent, e.overflow / one_percent);
   for (int x = -40; x < 20; x++) {
     double share = e.between(x > -40 ? x : Exponents::lowest, x + 1) / one_percent;
     if (x == 16) share = e.overflow / one_percent;
     if (x == -25 || x == -14 || x == 16) printf("│");
     printf("%s", heights[min(int(std::ceil(share / 2.5)), 8)]);
   }
-  printf("\n%s: %.1f%% to zero, %.1f%% subnormal, %.1f%% overflow\n", name.c_str(),
-         e.between(Exponents::lowest, -25) / one_percent, e.between(-25, -14) / one_percent, e.overflow / one_percent);
+  printf("\n");
 }
 // Exponents of a, delta and dW in fp32, without the loss scale and with it, against fp16's ranges
 void histogram(const vector<string>& words) {
@@ -2275,7 +2278,7 @@ void bench_step(const vector<int>& sizes, int batch, int steps) {
 }
 void bench() {
   printf("%s\n\n", machine().c_str());
-  printf("a training step      batch  type  microseconds   images/s  bytes of activations and gradients\n");
+  printf("a training step      batch  type  microseconds   images/s  bytes of a, gradients\n");
   bench_step({784, 128, 10}, 64, 100);
   bench_step({784, 8192, 10}, largest, 1);
   printf("\nproduct     n  type  rung    GFLOP/s\n");
@@ -2287,22 +2290,22 @@ void bench() {
 // ==== The command line ====
 const char usage_text[] = R"(usage: mp train [OPTION...]              learn digits; prints a row per epoch
        mp test MODEL [--data DIR]        a saved model's confusion table
-       mp compare [OPTION...]            with one technique off at a time; or --sweep scale|lr
+       mp compare [OPTION...]            one technique off at a time
        mp histogram [OPTION...]          exponents against fp16's range
        mp predict MODEL IMAGE...         which digit each PNG or JPEG shows
-       mp article                        the article's 1-5-1 network, as written and with ReLU
-       mp bench                          how fast matrix products and training steps are
-       mp --help | mp --version          every option with its default | what this program was built for
+       mp article                        the article's own example, 1-5-1
+       mp bench                          how fast matrix products and steps are
+       mp --help | mp --version          every option and its default | version
 )";
 void print_help() {
   printf("mp trains a multi-layer perceptron in mixed precision.\n\n%s\noptions:\n", usage_text);
   for (const Option& option : option_table) {
-    printf("  --%-38s %s", format("%s %s", option.name, option.values).c_str(), option.help);
+    printf("  --%s %s", option.name, option.values);
     if (*option.initial) printf(" [%s]", option.initial);
-    printf("\n");
+    printf("\n      %s\n", option.help);
   }
-  printf("\nMP_GEMM=naive|tiled|mma picks a rung of the matrix product; MP_THREADS=N uses N threads of a CPU; ");
-  printf("MP_ORDER=forward|backward|N the order in which it runs a block's threads.\n");
+  printf("\nMP_GEMM=naive|tiled|mma picks a rung of the matrix product; MP_THREADS=N uses\n");
+  printf("N threads of a CPU; MP_ORDER=forward|backward|N orders a block's threads.\n");
 }
 int run_command(const string& command, const vector<string>& words) {  // returns the program's exit status
   Options o = parse(command, words);
