@@ -10,7 +10,7 @@
 
 static void read(const std::string& reader, const std::string& path, const std::string& bytes) {
   if (reader == "picture") {
-    const Decoded p = read_picture(path, 2);
+    const auto p = read_picture(path, 2);
     if (p.width * p.height < 4096) read_digit(path, 28);  // larger ones take long
   }
   if (reader == "sheet") read_sheet(path);
