@@ -2176,6 +2176,8 @@ TEST_SUITE("command_line") {
                "--loss xent|mse [xent] --epochs [15] --batch [64] --lr [0.3] --seed [1] --shuffle [on] "
                "--init --save --resume --log --sweep scale|lr"));
     says(succeed(w.run("train --help")).out, {"--growth-interval"});
+    std::istringstream lines(help);
+    for (string line; std::getline(lines, line);) CHECK_MESSAGE(line.size() <= 80, line);
     CHECK(succeed(w.run("--version")).out.rfind("mp ", 0) == 0);
   }
   TEST_CASE("a malformed option: which, and what is allowed") {
@@ -2288,6 +2290,8 @@ TEST_SUITE("training") {
     for (const auto& step : log_of(w)) skipped += step[4];
     const auto rows = table_of(fixed);
     CHECK((rows.size() == 3 && skipped > 50 && rows[2][SKIPPED] == skipped));
+    CHECK(fixed.out.find("Every step") == string::npos);
+    says(w.train("--loss-scale 1e30").out, {"Every step was skipped"});
   }
   TEST_CASE("MP_GEMM picks a rung of the ladder, and every rung learns the same") {
     const Workplace w;
