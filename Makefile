@@ -156,7 +156,7 @@ reason = $$($(text) | sed -n 's/^When it passes: //p')
 hint = echo "hint $(2) of 2:"; sed -n "/summary>$(1), two hints</,/details>/p" walkthrough.md | \
   awk '/^[12][.] / { on = $$1 == "$(2)." } /^$$|^</ { on = 0 } on { print substr($$0, 4) }'
 # Conditions of the rules below, each with what it says where it does not hold
-KNOWN = test -n "$(filter $*,$(REGIONS))" || { echo "there is no exercise $*; make exercises lists them"; exit 1; }
+KNOWN = test ! -L Makefile || { echo "this is an exercise: cd ../.. first"; exit 1; }; test -n "$(filter $*,$(REGIONS))" || { echo "there is no exercise $*; make exercises lists them"; exit 1; }
 STARTED = test -d $(X) || { echo "$*: not started. make exercise-$* makes $(X) for you"; exit 1; }
 MARKED = grep -Eq '//[{] $*( |$$)' $(X)/mp.cu || \
   { echo "$*: the lines //{ $* and //} are gone from $(X)/mp.cu: put them back"; exit 1; }

@@ -162,7 +162,7 @@ void train_step(Mlp& net, const Batch& batch, LossScaler& scaler, float lr) {
 // Kernels that do little for a number take 8 at a time, 16 bytes in 16 bits: one access to memory. n is a multiple of 8.
 // A block has elements_per_block of the n: on a GPU 8 for each of 256 threads, on a CPU all for one thread.
 struct Share {
-  int begin, end, step;
+  int begin, end, step;  // a thread's numbers: 8 from begin on, 8 from begin + step on, and so on, below end
 };
 __device__ __forceinline__ Share my_share(int n) {
   const int begin = int(blockIdx.x) * elements_per_block;
@@ -277,7 +277,7 @@ void forward(Mlp& net, int l) {
 // ==== 4.2.2 E3, E4: backward ====
 // E3. The derivative of 1/2 (y - z)^2 is z - y (the article halves it), that of cross-entropy is softmax(z) - y, with
 // softmax(z) = exp(z - log sum exp(z)); both over the batch, because L is a mean. The loss scale multiplies in fp32,
-// before the one rounding to 16 bits, in which fp16 would make zero of anything up to 2^-25.
+// before the one rounding to 16 bits, because fp16 rounds anything up to 2^-25 to zero.
 __global__ void output_delta_kernel(Loss kind, Matrix z, Matrix y, int rows, const float* log_sum_exp,
                                     const StepState* state, Matrix delta) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
@@ -647,7 +647,7 @@ void gemm_mma(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, 
 // The rung that training uses.
 void gemm(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
   static const char* const wanted = std::getenv("MP_GEMM");
-  static const std::string rung = wanted ? wanted : real_tensor_cores ? "mma" : "tiled";
+  const std::string best = real_tensor_cores ? "mma" : "tiled", rung = wanted ? wanted : best;
   if (rung == "naive") gemm_naive(layout, A, B, C, e);
   else if (rung == "mma" && tensor_cores(A.type)) gemm_mma(layout, A, B, C, e);
   else if (rung == "mma" || rung == "tiled") gemm_tiled(layout, A, B, C, e);
@@ -1835,9 +1835,9 @@ long kept_bytes(const string& path, unsigned step) {
   std::ifstream log(path);
   long bytes = 0;
   string row;
-  while (std::getline(log, row) && !log.eof()) {  // the last row may be cut short
+  while (std::getline(log, row)) {
     if (bytes == 0 && row != log_header) fail_in(path, "is there, and no log: name another file for --log");
-    if (bytes > 0 && std::strtoul(row.c_str(), nullptr, 10) >= step) break;
+    if (log.eof() || (bytes > 0 && std::strtoul(row.c_str(), nullptr, 10) >= step)) break;  // eof: it was cut short
     bytes += long(row.size()) + 1;
   }
   return bytes;
@@ -1865,6 +1865,7 @@ void train(const vector<string>& words) {
   if (!resume.empty()) o = parse("train", words, remembered_options(resume));
   string save = o["save"].empty() ? resume : o["save"];
   if (!save.empty()) check_writable(save);
+  if (!save.empty() && o["log"] == save) misuse("--log and --save name one file: " + save);
   Training t = begin_training(o, load_dataset(o["data"]));
   FILE* log = nullptr;
   if (!o["log"].empty()) {
@@ -1887,8 +1888,8 @@ void train(const vector<string>& words) {
     printf(o.automatic ? " %s\n" : "\n", map_of(t.net).c_str());
     if (!save.empty()) save_checkpoint(save, t);
   }
-  if (t.state.skipped == int(t.state.step))
-    printf("Every step was skipped: gradients overflowed. Try --loss-scale dynamic.\n");
+  if (t.state.skipped > int(t.state.step) / 2)
+    printf("Skipped steps: gradients overflowed. Use a smaller --loss-scale or --lr.\n");
   printf("test accuracy %.2f%%\n", accuracy(t.net, t.data.test));
 }
 
@@ -1937,7 +1938,7 @@ void compare(const vector<string>& words, const Options& o) {
   Dataset data = load_dataset(o["data"]);
   printf("%s\n%s · %s\n\n", machine().c_str(), dashed(o["layers"]).c_str(), data.what.c_str());
   printf("flushed: gradients that became 0; KiB of weights, activations, gradients\n\n");
-  printf("%-23s accuracy    loss  skips flushed weights    a  grads   sec\n", "");
+  printf("%-23s accuracy    loss  skips flushed weights    a grads   sec\n", "");
   for (const string& value : values_of(sweep)) {
     if (!value.empty()) printf("%s\n", value.c_str());
     for (const Setting& s : settings) {
@@ -1947,9 +1948,9 @@ void compare(const vector<string>& words, const Options& o) {
       Training t = learn(parse("compare", words, epochs + s.options + " " + value), data);
       double seconds = now_in_seconds() - start;
       Footprint bytes = footprint(t.net);
-      printf("%-23s %7.2f%% %7.4f %6d %6.2f%% %7zu %4zu %6zu %5.1f%s\n", s.name, t.test_accuracy, t.mean_loss,
-             t.state.skipped, flushed(t), (bytes.weights + bytes.master + bytes.compensation) / 1024,
-             bytes.activations / 1024, bytes.gradients / 1024, seconds, t.state.halted ? " halted" : "");
+      printf("%-23s %7.2f%% %7.4f %6d %6.2f%% %7.0f %4.0f %5.0f %5.1f%s\n", s.name, t.test_accuracy, t.mean_loss,
+             t.state.skipped, flushed(t), (bytes.weights + bytes.master + bytes.compensation) / 1024.,
+             bytes.activations / 1024., bytes.gradients / 1024., seconds, t.state.halted ? " halted" : "");
     }
   }
 }
@@ -2013,7 +2014,7 @@ int orientation(const Bytes& file) {
   }
   return 1;
 }
-// In grey, 0 to 255, upright, at most 400 pixels wide. Where most is transparent, what is not is the ink.
+// In grey, 0 to 255, upright, less than 400 pixels long. Where most is transparent, what is not is the ink.
 Grey read_grey(const string& path) {
   Picture<uint8_t> from = read_picture(path, 2);
   int step = 1 + max(from.width, from.height) / 400, width = from.width / step, height = from.height / step;
@@ -2126,11 +2127,11 @@ void keep_digit(Grey& p, const string& path) {
 // [side, side] as in MNIST: the ink fitted into 20/28, its centre of mass at centre/28 (MNIST's are at 14.5, data/'s at 14)
 Grey fitted(const Grey& p, int side, double centre) {
   Piece ink;
-  double x_sum = 0, y_sum = 0, mass = sum(p.value);
+  double x_sum = 0, y_sum = 0, mass = sum(p.value), most = *std::max_element(p.value.begin(), p.value.end());
   for (int i = 0; i < int(p.value.size()); i++) {
     x_sum += p.value[i] * (i % p.width + .5);
     y_sum += p.value[i] * (i / p.width + .5);
-    if (p.value[i] >= .25) ink.add(p, i);
+    if (p.value[i] >= .25 * most) ink.add(p, i);
   }
   double step = ink.size() * 28 / (20 * side), middle = step * side * centre / 28;
   Grey to{side, side, {}};
@@ -2160,11 +2161,14 @@ Bytes as_mnist(const Grey& p, int side) {
 // A picture of the network's size is its input as it is, or inverted, if the median of its border is near black or white.
 Bytes read_digit(const string& path, int side) {
   Grey p = read_grey(path);
-  vector<float> border;
-  for (int i = 0; i < side && p.width == side && p.height == side; i++)
-    for (int at : {i, side * i, side * i + side - 1, side * side - 1 - i}) border.push_back(p.value[at]);
-  std::sort(border.begin(), border.end());
-  float paper = border.empty() ? 128 : border[2 * side];
+  float paper = 128;
+  if (p.width == side && p.height == side) {
+    vector<float> border;
+    for (int i = 0; i < side; i++)
+      for (int at : {i, side * i, side * i + side - 1, side * side - 1 - i}) border.push_back(p.value[at]);
+    std::sort(border.begin(), border.end());
+    paper = border[2 * side];
+  }
   if (paper > 223)
     for (float& x : p.value) x = 255 - x;
   if ((paper < 32 || paper > 223) && *std::max_element(p.value.begin(), p.value.end()) > 20)
@@ -2226,7 +2230,7 @@ Tensor random_matrix(int n, Type type) {  // a GPU multiplies zeros faster than 
   return t;
 }
 
-constexpr int smallest = real_tensor_cores ? 1024 : 512, largest = real_tensor_cores ? 8192 : 512;  // n x n matrices
+constexpr int smallest = real_tensor_cores ? 1024 : 512, largest = real_tensor_cores ? 4096 : 512;  // n x n matrices
 void multiply(const string& rung, Layout layout, const Tensor& A, const Tensor& B, const Tensor& C) {
   if (rung == "naive") return gemm_naive(layout, A, B, C);
   if (rung == "tiled") return gemm_tiled(layout, A, B, C);
@@ -2280,7 +2284,7 @@ void bench() {
   printf("%s\n\n", machine().c_str());
   printf("a training step      batch  type  microseconds   images/s  bytes of a, gradients\n");
   bench_step({784, 128, 10}, 64, 100);
-  bench_step({784, 8192, 10}, largest, 1);
+  bench_step({784, 8192, 10}, real_tensor_cores ? 8192 : 512, 1);
   printf("\nproduct     n  type  rung    GFLOP/s\n");
   for (int n = smallest; n <= largest; n *= 2)
     for (Layout layout : {Layout::ABt, Layout::AB, Layout::AtB})

@@ -201,7 +201,7 @@ struct SavedTensor {
 };
 struct SafeTensors {
   std::map<std::string, std::string> metadata;
-  std::vector<SavedTensor> tensors;  // in the order of their bytes
+  std::vector<SavedTensor> tensors;  // in the header's order
 };
 SafeTensors read_safetensors(const std::string& path);
 void write_safetensors(const std::string& path, const SafeTensors& file);

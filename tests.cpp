@@ -1295,7 +1295,7 @@ TEST_SUITE("unscale_and_check") {
         compare(text("%s, scale %g", name_of(type).c_str(), double(scale)), get(net.layer[1].master),
                 rounded(inverse * g, fp32), 0,
                 {{"a gradient with the scale still in it", g},
-                 {"multiplying by the scale: that divides by 1 / scale", 1 / inverse * g}});
+                 {"dividing by 1 / scale, which multiplies by the scale", 1 / inverse * g}});
       }
   }
   TEST_CASE("one infinity or NaN is found wherever it is, before unscaling") {
@@ -2290,8 +2290,9 @@ TEST_SUITE("training") {
     for (const auto& step : log_of(w)) skipped += step[4];
     const auto rows = table_of(fixed);
     CHECK((rows.size() == 3 && skipped > 50 && rows[2][SKIPPED] == skipped));
-    CHECK(fixed.out.find("Every step") == string::npos);
-    says(w.train("--loss-scale 1e30").out, {"Every step was skipped"});
+    CHECK(succeed(w.train("")).out.find("Skipped steps") == string::npos);
+    for (const string hopeless : {"--loss-scale 1e30", "--precision fp32 --lr 1e20"})
+      says(w.train(hopeless).out, {"Skipped steps"});
   }
   TEST_CASE("MP_GEMM picks a rung of the ladder, and every rung learns the same") {
     const Workplace w;
@@ -2414,7 +2415,10 @@ TEST_SUITE("checkpoints") {
     refuse(w.resume("m --layers 16,9,10"), {"m: ", "16,8,10", "16,9,10"});
     refuse(w.resume("m --precision fp32 --update half"), {"--update half", "fp32"}, 2);
     fs::create_symlink("m", w.file("link"));
-    for (const string log : {"m", "link"}) refuse(w.resume("m --epochs 3 --log " + log), {log + ": ", "no log"});
+    refuse(w.resume("m --epochs 3 --log m"), {"--log and --save"}, 2);
+    w.put("notes", "one line");
+    for (const string log : {"link", "notes"}) refuse(w.resume("m --epochs 3 --log " + log), {log + ": ", "no log"});
+    CHECK(w.get("notes") == "one line");
     CHECK((w.get("m") == before));
     // The scale goes on where it was, unless it is told anew.
     succeed(

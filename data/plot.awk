@@ -9,7 +9,7 @@ function text(x, y, style, words) { print "<text x='" x "' y='" y "' " style ">"
   place[++places] = "2^" part[2]
 }
 places && /%/ {
-  name = substr($0, 1, 29)
+  name = substr($0, 1, 23)
   sub(/ +$/, "", name)
   if (!(name in seen)) setting[++settings] = name
   seen[name] = 1
