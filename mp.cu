@@ -1130,6 +1130,8 @@ Bytes read_file(const string& path) {
 // Where a link leads. Fails if no file can be saved there: before training, rather than after an hour of it.
 static string check_writable(const string& path) {
   fs::path target = fs::weakly_canonical(fs::absolute(path));
+  while (fs::is_symlink(fs::symlink_status(target)))  // to a file that is not there yet
+    target = fs::weakly_canonical(target.parent_path() / fs::read_symlink(target));
   bool old = fs::exists(target);
   if (old && !fs::is_regular_file(target)) fail_in(path, "is a folder, device or pipe: name a file to save to");
   if (access(target.parent_path().c_str(), W_OK | X_OK) != 0 || (old && access(target.c_str(), W_OK) != 0))
