@@ -45,8 +45,8 @@ run: $(B)/mp
 test: $(B)/tests $(B)/mp
 	MP_PROGRAM=$(B)/mp $(B)/tests $(ARGS)
 plots: $(B)/mp
-	$(B)/mp compare --sweep scale $(ARGS) | tee /dev/stderr | awk -f data/plot.awk > data/scale.svg
-	$(B)/mp compare --sweep lr $(ARGS) | tee /dev/stderr | awk -f data/plot.awk > data/rate.svg
+	$(B)/mp compare --sweep scale $(ARGS) | tee /dev/stderr | awk -f data/plot.awk > build/plot && mv build/plot data/scale.svg
+	$(B)/mp compare --sweep lr $(ARGS) | tee /dev/stderr | awk -f data/plot.awk > build/plot && mv build/plot data/rate.svg
 
 # build/flags changes only when the compiler, the back end or the flags do; then everything is built again.
 $(B)/flags: FORCE

@@ -17,7 +17,7 @@ places && /%/ {
   accuracy[name, places] = substr($0, RSTART, RLENGTH - 1)
 }
 END {
-  if (!places) exit 1
+  if (!settings) exit 1  # mp has failed
   step = 640 / places  # pixels
   print "<svg xmlns='http://www.w3.org/2000/svg' viewBox='-40 0 700 285' font-size='12' font-family='sans-serif'>"
   print "<rect x='-40' width='100%' height='100%' fill='#fff'/>"
