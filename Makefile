@@ -5,7 +5,7 @@
 # make check-all   checks all that you have begun;  make check-all FOLDERS="DIR DIR": a row for each checkout
 # make plots       draws data/scale.svg and data/rate.svg again
 # make mnist       downloads MNIST into build/mnist;  make digits draws data/ again
-# make fuzz        feeds RUNS=100000 damaged inputs to each reader of files, with clang++;  make fuzz READERS=gz: to one
+# make fuzz        feeds RUNS=100000 damaged inputs to each reader of files, with clang++;  make fuzz READERS=idx: to one
 # make cuda-check  compiles for every GPU that this nvcc knows, and needs none;  make gpu tests and measures on one
 # make walkthrough copies the regions of mp.cu into walkthrough.md;  make format;  make clean
 # BACKEND=cpu or BACKEND=cuda forces one;  CXX=clang++ chooses another compiler
@@ -80,7 +80,7 @@ packages:
 # Each parser (pictures, data files, checkpoints, options) under AddressSanitizer and UBSan. Inputs that reach new code
 # are kept in build/fuzz/corpus.
 RUNS = 100000
-READERS = picture sheet idx gz safetensors options
+READERS = picture sheet idx safetensors options
 build/fuzz/mp: tests.cpp mp.cu mp.h Makefile | packages
 	@command -v clang++ >/dev/null || \
 	  { echo "make fuzz needs clang++ and its libFuzzer (Debian: clang, libclang-rt-dev)"; exit 1; }
@@ -113,6 +113,7 @@ mnist: $(MNIST_FILES:%=build/mnist/%-ubyte.gz)
 	  e41c74e484045d39b462a7790a4af51301bd9b0b24f0154798d713ec68c45920 t10k-labels-idx1 | \
 	  $$(command -v sha256sum || echo shasum -a 256) -c || \
 	  { echo "a file in build/mnist is damaged: delete it and run make mnist again"; exit 1; }
+	@cd build/mnist; for file in $(MNIST_FILES:%=%-ubyte); do gunzip -c $$file.gz >$$file || exit 1; done
 	@echo "Next: build/mp train --data build/mnist --lr 0.2 --epochs 5"
 digits: | packages
 	@mkdir -p build

@@ -1207,23 +1207,10 @@ static Images read_sheet(const string& path) {
   }
   return images;
 }
-// gzip: ten bytes, a name if byte 3 says so, what deflate made, a checksum, the length
-static Bytes gunzip(const string& path, const Bytes& file) {
-  size_t begin = 10;
-  if (file[3] == 8) begin = std::find(file.begin() + 10, file.end() - 1, 0) - file.begin() + 1;
-  uint32_t promised = 0;
-  memcpy(&promised, &file[file.size() - 4], 4);
-  int length = 0;
-  const char* packed = (const char*)file.data() + begin;
-  shared_ptr<char> bytes(stbi_zlib_decode_noheader_malloc(packed, int(file.size() - begin), &length), free);
-  if (!bytes || promised != uint32_t(length))
-    fail_in(path, "damaged, or a kind of gzip that mp does not read: try gunzip");
-  return {bytes.get(), bytes.get() + length};
-}
 // idx: two zeros; the type of the numbers; how many dimensions; their sizes, big-endian; the numbers.
-static Bytes read_idx(const string& path, vector<uint32_t>& size) {
+Bytes read_idx(const string& path, vector<uint32_t>& size) {
   Bytes file = read_file(path);
-  if (file.size() > 18 && file[0] == 0x1f && file[1] == 0x8b) file = gunzip(path, file);
+  if (file.size() > 1 && file[0] == 0x1f && file[1] == 0x8b) fail_in(path, "is compressed: run gunzip on it");
   size_t header = 4 + 4 * size.size();
   if (file.size() < header || file[0] != 0 || file[1] != 0 || file[3] != size.size())
     fail_in(path, format("not an idx file of %zu dimensions; get it again (`make mnist`)", size.size()));
