@@ -43,10 +43,12 @@ run: $(B)/mp
 	@echo "      build/mp train --precision bf16 --update half --lr 0.001   hardly learns"
 	@echo "      make mnist && build/mp train --data build/mnist --lr 0.2 --epochs 5"
 test: $(B)/tests $(B)/mp
+PLOT = awk -f data/plot.awk "$(B)/mp train --epochs 3 $(ARGS)"
 	MP_PROGRAM=$(B)/mp $(B)/tests $(ARGS)
 plots: $(B)/mp
-	$(B)/mp compare --sweep scale $(ARGS) | tee /dev/stderr | awk -f data/plot.awk > build/plot && mv build/plot data/scale.svg
-	$(B)/mp compare --sweep lr $(ARGS) | tee /dev/stderr | awk -f data/plot.awk > build/plot && mv build/plot data/rate.svg
+	$(PLOT) --loss-scale -24 24 "--precision fp16" "--precision auto" >build/plot && mv build/plot data/scale.svg
+	$(PLOT) --lr -14 -2 "--precision fp16" "--update half" "--precision bf16" "--precision bf16 --update half" >build/plot && \
+	  mv build/plot data/rate.svg
 
 # build/flags changes only when the compiler, the back end or the flags do; then everything is built again.
 $(B)/flags: FORCE

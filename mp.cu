@@ -1433,7 +1433,6 @@ const Option option_table[] = {
     {"save", "FILE", "", "checkpoint after every epoch", "train"},
     {"resume", "FILE", "", "continue from a checkpoint; other options override it", "train"},
     {"log", "FILE.csv", "", "a row per step: step,epoch,loss,loss_scale,found_inf", "train"},
-    {"sweep", "scale|lr", "", "accuracy over the loss scale, or over the learning rate", "compare"},
 };
 const Option& option_named(const string& name) {
   for (const Option& option : option_table)
@@ -1467,7 +1466,6 @@ vector<int> whole_numbers(const string& text) {  // 784,128,10: as far as it is 
 }
 // From what stands in `text` to what the program computes with.
 void understand(Options& o) {
-  if (!o["sweep"].empty()) choice(o, "sweep");
   o.layers = whole_numbers(o["layers"]);
   if (o.layers.size() < 2 || joined(o.layers) != o["layers"] || *std::min_element(o.layers.begin(), o.layers.end()) < 1)
     misuse("--layers '" + o["layers"] + "' must be whole numbers from 1, two or more, such as 784,10");
@@ -1902,45 +1900,27 @@ double flushed(const Training& t) {
 }
 // The defaults, fp16 with fp32 masters and a dynamic loss scale, but for one change
 const struct Setting {
-  const char *name, *options, *sweeps;  // sweeps: those that draw it too
-} settings[] = {{"fp32", "--precision fp32", ""},
-                {"mixed: fp16, master", "", "scale lr"},
-                {"mixed, no loss scaling", "--loss-scale 1", ""},
-                {"fp16, no master", "--update half", "lr"},
-                {"fp16, Kahan", "--update kahan", ""},
-                {"fp16, stochastic", "--update stochastic", ""},
-                {"bf16, master", "--precision bf16", "lr"},
-                {"bf16, no master", "--precision bf16 --update half", "lr"},
-                {"auto: 16 or 32 by layer", "--precision auto", "scale"}};
-// What --sweep tries one after the other, all powers of 2; without it one value, no option
-vector<string> values_of(const string& sweep) {
-  vector<string> values;
-  for (int i = -24; i <= 24 && sweep == "scale"; i += 2) values.push_back(format("--loss-scale 0x1p%d", i));
-  for (int i = -14; i <= -2 && sweep == "lr"; i += 2) values.push_back(format("--lr 0x1p%d", i));
-  if (values.empty()) values.push_back("");
-  return values;
-}
-// A row for each setting; with --sweep for those that it takes, at each of its values
+  const char *name, *options;
+} settings[] = {{"fp32", "--precision fp32"},
+                {"mixed: fp16, master", ""},
+                {"mixed, no loss scaling", "--loss-scale 1"},
+                {"fp16, no master", "--update half"},
+                {"fp16, Kahan", "--update kahan"},
+                {"fp16, stochastic", "--update stochastic"},
+                {"bf16, master", "--precision bf16"},
+                {"bf16, no master", "--precision bf16 --update half"},
+                {"auto: 16 or 32 by layer", "--precision auto"}};
 void compare(const vector<string>& words, const Options& o) {
-  const string& sweep = o["sweep"];
-  if (sweep == "lr" && o.has("lr")) misuse("--sweep lr tries rates of its own: leave out --lr");
   Dataset data = load_dataset(o["data"]);
   printf("%s\n%s · %s\n\n", machine().c_str(), dashed(o["layers"]).c_str(), data.what.c_str());
   printf("flushed: gradients that became 0; KiB of weights, activations, gradients\n\n");
   printf("%-23s accuracy    loss  skips flushed weights    a grads   sec\n", "");
-  for (const string& value : values_of(sweep)) {
-    if (!value.empty()) printf("%s\n", value.c_str());
-    for (const Setting& s : settings) {
-      if (!strstr(s.sweeps, sweep.c_str())) continue;  // every text contains ""
-      double start = now_in_seconds();
-      string epochs = sweep.empty() ? "" : "--epochs 3 ";
-      Training t = learn(parse("compare", words, epochs + s.options + " " + value), data);
-      double seconds = now_in_seconds() - start;
-      Footprint bytes = footprint(t.net);
-      printf("%-23s %7.2f%% %7.4f %6d %6.2f%% %7.0f %4.0f %5.0f %5.1f%s\n", s.name, t.test_accuracy, t.mean_loss,
-             t.state.skipped, flushed(t), (bytes.weights + bytes.master + bytes.compensation) / 1024.,
-             bytes.activations / 1024., bytes.gradients / 1024., seconds, t.state.halted ? " halted" : "");
-    }
+  for (const Setting& s : settings) {
+    Training t = learn(parse("compare", words, s.options), data);
+    Footprint bytes = footprint(t.net);
+    printf("%-23s %7.2f%% %7.4f %6d %6.2f%% %7.0f %4.0f %5.0f %5.2f%s\n", s.name, t.test_accuracy, t.mean_loss,
+           t.state.skipped, flushed(t), bytes.weights / 1024., bytes.activations / 1024., bytes.gradients / 1024.,
+           t.seconds, t.state.halted ? " halted" : "");
   }
 }
 

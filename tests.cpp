@@ -2160,15 +2160,15 @@ TEST_SUITE("command_line") {
   TEST_CASE("usage, help and version; each command has its own options") {
     const Workplace w;
     for (const string words : {"", "fly", "test", "test m n", "predict m", "train x"}) refuse(w.run(words), {}, 2);
-    for (const string words : {"test m --lr", "predict m x --seed", "article --lr", "bench --lr", "train --sweep",
-                               "compare --precision", "compare --save", "histogram --log", "histogram --resume"})
+    for (const string words : {"test m --lr", "predict m x --seed", "article --lr", "bench --lr", "compare --precision",
+                               "compare --save", "histogram --log", "histogram --resume"})
       refuse(w.run(words + " 1"), {words.substr(words.find("--"))}, 2);
     const string help = succeed(w.run("--help")).out;
     says(help,
          split("--data [data] --layers [784,128,10] --precision fp32|fp16|bf16|auto [fp16] --loss-scale dynamic|N "
                "--update master|half|kahan|stochastic [master] --scale-init [65536] --growth-interval [2000] "
                "--loss xent|mse [xent] --epochs [15] --batch [64] --lr [0.3] --seed [1] --shuffle [on] "
-               "--init --save --resume --log --sweep scale|lr"));
+               "--init --save --resume --log"));
     says(succeed(w.run("train --help")).out, {"--growth-interval"});
     std::istringstream lines(help);
     for (string line; std::getline(lines, line);) CHECK_MESSAGE(line.size() <= 80, line);
@@ -2595,14 +2595,11 @@ TEST_SUITE("histogram") {
 }
 
 TEST_SUITE("compare") {
-  TEST_CASE("a row a technique, at each value of a sweep") {
+  TEST_CASE("a row a technique") {
     const Workplace w;
     const string small = "compare --data . --layers 16,8,10 --batch 10 --epochs 1 ";
     const Outcome o = succeed(w.run(small));
     says(o.out, {"fp32", "no loss scaling", "Kahan", "stochastic", "bf16, no master", "auto"});
-    says(succeed(w.run(small + "--sweep scale")).out, {"--loss-scale 0x1p-24\nmixed", "--loss-scale 0x1p24\nmixed"});
-    says(succeed(w.run(small + "--sweep lr")).out, {"--lr 0x1p-14\nmixed", "bf16, no master"});
-    refuse(w.run(small + "--sweep size"), {"--sweep 'size'"}, 2);
   }
 }
 

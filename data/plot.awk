@@ -1,23 +1,22 @@
-# Draws what `mp compare --sweep` prints as an SVG: test accuracy over the swept option, a curve for each setting.
-#   build/mp compare --sweep scale | awk -f data/plot.awk > scale.svg
+# Trains for 3 epochs with each value, a power of 2, of an option and with each setting, and draws the test accuracy as an
+# SVG, a curve for each setting. `make plots` calls it so:
+#   awk -f data/plot.awk "build/mp train --epochs 3" --lr -14 -2 "--precision fp16" "--precision bf16" > rate.svg
 
 function text(x, y, style, words) { print "<text x='" x "' y='" y "' " style ">" words "</text>" }
 
-/^--/ {  # --loss-scale 0x1p-24: the rows that follow were trained with it
-  option = $1
-  split($2, part, "p")
-  place[++places] = "2^" part[2]
-}
-places && /%/ {
-  name = substr($0, 1, 23)
-  sub(/ +$/, "", name)
-  if (!(name in seen)) setting[++settings] = name
-  seen[name] = 1
-  match($0, /[0-9.]+%/)
-  accuracy[name, places] = substr($0, RSTART, RLENGTH - 1)
-}
-END {
-  if (!settings) exit 1  # mp has failed
+BEGIN {
+  option = ARGV[2]
+  for (x = ARGV[3]; x <= ARGV[4]; x += 2) {
+    place[++places] = "2^" x
+    for (s = 5; s < ARGC; s++) {
+      command = ARGV[1] " " ARGV[s] " " option " 0x1p" x " | tail -1"
+      command | getline line
+      close(command)
+      print option " 2^" x " " ARGV[s] ": " line > "/dev/stderr"
+      if (!sub(/^test accuracy /, "", line)) exit 1  # mp has failed
+      accuracy[s, places] = line + 0
+    }
+  }
   step = 640 / places  # pixels
   print "<svg xmlns='http://www.w3.org/2000/svg' viewBox='-40 0 700 285' font-size='12' font-family='sans-serif'>"
   print "<rect x='-40' width='100%' height='100%' fill='#fff'/>"
@@ -27,11 +26,12 @@ END {
   }
   for (i = 1; i <= places; i += places > 12 ? 4 : 1) text((i - 0.5) * step, 238, "text-anchor='middle'", place[i])
   split("#1f6fb4 #d9600f #2a8a3e #8d3fa8", colour, " ")
-  for (s = 1; s <= settings; s++) {
+  for (s = 5; s < ARGC; s++) {
     points = ""
-    for (i = 1; i <= places; i++) points = points (i - 0.5) * step "," 220 - 2 * accuracy[setting[s], i] " "
-    print "<polyline fill='none' stroke-width='2' stroke='" colour[s] "' points='" points "'/>"
-    text(165 * (s - 1), 258, "font-weight='bold' fill='" colour[s] "'", setting[s])
+    for (i = 1; i <= places; i++) points = points (i - 0.5) * step "," 220 - 2 * accuracy[s, i] " "
+    print "<polyline fill='none' stroke-width='2' stroke='" colour[s - 4] "' points='" points "'/>"
+    gsub(/--[a-z]+ /, "", ARGV[s])  # bf16 half
+    text(165 * (s - 5), 258, "font-weight='bold' fill='" colour[s - 4] "'", ARGV[s])
   }
   text(0, 278, "", "Test accuracy in per cent over " option)
   print "</svg>"
