@@ -134,13 +134,15 @@ cuda-check: | packages
 	nvcc build/cuda/tests.o build/cuda/mp.o -lcublas -o build/cuda/tests
 	nvcc build/cuda/mp.o -lcublas -o build/cuda/mp
 # On a machine with a GPU, in ten minutes at most: rates, tests, memory errors, races; then a table of them for README.md.
+	-for net in 784,128,10 "784,8192,10 --batch 4096"; do for type in fp32 fp16 bf16; do build/mp train --epochs 3 --layers $$net \
+	  --precision $$type | awk -v run="$$net $$type" '$$1 == 3 { print run ": " $$6 " images/s" }'; done; done >>build/gpu/bench
 gpu:
 	$(MAKE) BACKEND=cuda all build/tests
 	-mkdir -p build/gpu; timeout 150 build/mp bench >build/gpu/bench
 	-MP_PROGRAM=build/mp timeout 180 build/tests >build/gpu/tests
 	-for tool in memcheck racecheck initcheck synccheck; do timeout 50 compute-sanitizer --tool $$tool build/tests \
 	  -ts="E*,gemm*,train_step,unscale*,loss*,update*,stochastic*" -tce="K*" >build/gpu/$$tool; done
-	@cd build/gpu; awk 'NR == 1 || /batch|rung|^784|^A.* 4096 .*(fp32 *tiled|mma)|cases:|SUMMARY/ { gsub(/ *[|] */, ", "); \
+	@cd build/gpu; awk 'NR == 1 || /rung|images|^A.* 4096 .*(fp32 *tiled|mma)|cases:|SUMMARY/ { gsub(/ *[|] */, ", "); \
 	  print "| " FILENAME " | " $$0 " |" } NR == 1 { print "| --- | --- |" }' bench tests *check
 
 # ---- Exercises: the regions of mp.cu, emptied one by one. Their texts and hints are in walkthrough.md. ----

@@ -2179,8 +2179,8 @@ int predict_pictures(const vector<string>& words, const vector<string>& files) {
   return status;
 }
 
-// ==== How fast: the ladder and the training step ====
-// Seconds of the fastest call of work(): the slower ones tell of the machine's other work, the first of cold caches.
+// ==== How fast: the ladder ====
+// Seconds of the fastest call: slower ones tell of the machine's other work, the first of cold caches.
 template <class F> double least_seconds(F work) {
   double least = 1e9, begin = now_in_seconds();
   for (int run = 0; run < 3 || now_in_seconds() - begin < 0.5; run++) {
@@ -2200,19 +2200,18 @@ Tensor random_matrix(int n, Type type) {  // a GPU multiplies zeros faster than 
   return t;
 }
 
-constexpr int smallest = real_tensor_cores ? 1024 : 512, largest = real_tensor_cores ? 4096 : 512;  // n x n matrices
 void multiply(const string& rung, Layout layout, const Tensor& A, const Tensor& B, const Tensor& C) {
   if (rung == "naive") return gemm_naive(layout, A, B, C);
   if (rung == "tiled") return gemm_tiled(layout, A, B, C);
   if (rung == "mma") return gemm_mma(layout, A, B, C);
 #if defined(__CUDACC__)
   static cublasHandle_t handle = nullptr;
-  if (!handle && (cublasCreate(&handle) || cublasSetStream(handle, stream()))) fail("cuBLAS does not start");
   cudaDataType types[] = {CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF}, type = types[int(C.type)];
   cublasOperation_t turn[] = {CUBLAS_OP_N, CUBLAS_OP_T};
   int n = C.rows;
   float one = 1, zero = 0;  // its matrices go down the columns: C^T = B^T A^T
-  if (cublasGemmEx(handle, turn[layout == Layout::ABt], turn[layout == Layout::AtB], n, n, n, &one, B.memory.get(),
+  if ((!handle && (cublasCreate(&handle) || cublasSetStream(handle, stream()))) ||
+      cublasGemmEx(handle, turn[layout == Layout::ABt], turn[layout == Layout::AtB], n, n, n, &one, B.memory.get(),
                    type, n, A.memory.get(), type, n, &zero, C.memory.get(), type, n, CUBLAS_COMPUTE_32F,
                    CUBLAS_GEMM_DEFAULT))
     fail("cuBLAS failed");
@@ -2231,32 +2230,9 @@ void bench_product(Layout layout, int n, Type type) {
     printf("\n");
   }
 }
-// `steps` training steps at a time, on one grey image. A learning rate of 0 keeps all steps alike.
-void bench_step(const vector<int>& sizes, int batch, int steps) {
-  auto pixels = on_device(Bytes(size_t(steps) * batch * sizes[0], 100)), labels = on_device(Bytes(steps * batch));
-  Batch data{pixels.get(), labels.get(), nullptr, batch};
-  for (Type type : {Type::fp32, Type::fp16, Type::bf16}) {
-    Mlp net = make_mlp(sizes, batch, type, Update::master);
-    initialise(net);
-    LossScaler scaler;
-    Graph graph;
-    auto step = [&] { train_step(net, data, scaler, 0); };
-    auto run = [&] {
-      scaler.write({});  // back to the first image
-      for (int n = 0; n < steps; n++) replay(graph, step);
-    };
-    double seconds = least_seconds(run) / steps;
-    printf("%-20s %5d  %s %13.0f %10.0f %11zu\n", dashed(joined(sizes)).c_str(), batch, type_names[int(type)],
-           seconds * 1e6, batch / seconds, footprint(net).activations + footprint(net).gradients);
-  }
-}
 void bench() {
-  printf("%s\n\n", machine().c_str());
-  printf("a training step      batch  type  microseconds   images/s  bytes of a, gradients\n");
-  bench_step({784, 128, 10}, 64, 100);
-  bench_step({784, 8192, 10}, real_tensor_cores ? 8192 : 512, 1);
-  printf("\nproduct     n  type  rung    GFLOP/s\n");
-  for (int n = smallest; n <= largest; n *= 2)
+  printf("%s\n\nproduct     n  type  rung    GFLOP/s\n", machine().c_str());
+  for (int n = real_tensor_cores ? 4096 : 512; n >= 512; n /= 2)
     for (Layout layout : {Layout::ABt, Layout::AB, Layout::AtB})
       for (Type type : {Type::fp32, Type::fp16, Type::bf16}) bench_product(layout, n, type);
 }
@@ -2268,7 +2244,7 @@ const char usage_text[] = R"(usage: mp train [OPTION...]              learn digi
        mp histogram [OPTION...]          exponents against fp16's range
        mp predict MODEL IMAGE...         which digit each PNG or JPEG shows
        mp article                        the article's own example, 1-5-1
-       mp bench                          how fast matrix products and steps are
+       mp bench                          how fast the matrix products are
        mp --help | mp --version          every option and its default | version
 )";
 void print_help() {
