@@ -858,11 +858,11 @@ static float* workspace_of(size_t count) {
   }
   return all.back().get();
 }
-static int padded(int cols) { return (cols + 7) / 8 * 8; }
-Tensor make_tensor(int rows, int cols, Type type) {
-  if (rows < 1 || cols < 1 || (int64_t(cols) + 7) * rows > 1 << 30)  // kernels index with ints
-    fail(format("[%d, %d] is no size for a tensor: both at least 1, and at most 2^30 numbers in all", rows, cols));
-  Tensor t{rows, cols, padded(cols), type, nullptr};
+int padded(int cols) { return (cols + 7) / 8 * 8; }
+Tensor make_tensor(int64_t rows, int64_t cols, Type type) {
+  if (rows < 1 || cols < 1 || (cols + 7) * rows > 1 << 30)  // kernels index with ints
+    fail("no tensor can be [" + to_string(rows) + ", " + to_string(cols) + "]: make --layers or --batch smaller");
+  Tensor t{int(rows), int(cols), padded(int(cols)), type, nullptr};
   t.memory = device_array<char>(t.bytes());
   return t;
 }
@@ -1763,12 +1763,11 @@ bool live_terminal() {
   const char* kind = getenv("TERM");
   return isatty(STDOUT_FILENO) && kind && strcmp(kind, "dumb") != 0;
 }
-void show_progress(const Training& t, int done, double start) {  // at most ten times a second
+void show_progress(const Training& t, int done) {  // at most ten times a second
   static double shown = 0;
   if (now_in_seconds() - shown < 0.1 || !live_terminal()) return;
   shown = now_in_seconds();
-  printf("\r%5d  [%-40s] %d of %d steps, %.0f s", t.epoch + 1, string(40 * done / t.steps, '#').c_str(), done, t.steps,
-         shown - start);
+  printf("\r%5d  [%-40s] %d of %d steps", t.epoch + 1, string(40 * done / t.steps, '#').c_str(), done, t.steps);
   fflush(stdout);
 }
 // One epoch. The host does not wait for the device before its end.
@@ -1922,6 +1921,7 @@ void compare(const vector<string>& words, const Options& o) {
            t.state.skipped, flushed(t), bytes.weights / 1024., bytes.activations / 1024., bytes.gradients / 1024.,
            t.seconds, t.state.halted ? " halted" : "");
   }
+double sum(const Grey& p) { return std::accumulate(p.value.begin(), p.value.end(), 0.); }
 }
 
 // Prints a tensor's exponents, as shares of its non-zero values.
@@ -1991,7 +1991,7 @@ Grey read_grey(const string& path) {
   int way = orientation(read_file(path));  // one of eight; from 5 on rows are columns
   Grey grey{width, height, vector<float>(width * height)};
   if (way > 4) std::swap(grey.width, grey.height);
-  Grey opaque = grey;
+  Grey channel[] = {grey, grey};
   for (int y = 0; y < height * step; y++)
     for (int x = 0; x < width * step; x++) {
       int i = x / step, j = y / step;
@@ -1999,46 +1999,41 @@ Grey read_grey(const string& path) {
       if (way & 2) i = grey.width - 1 - i;
       if ((way - 1) & 2) j = grey.height - 1 - j;
       const uint8_t* pixel = &from.value[2 * (size_t(y) * from.width + x)];
-      grey.value[j * grey.width + i] += pixel[0] / float(step * step);
-      opaque.value[j * grey.width + i] += pixel[1] / float(step * step);
+      for (int c : {0, 1}) channel[c].value[j * grey.width + i] += pixel[c] / float(step * step);
     }
-  return sum(opaque.value) < 127.5 * width * height ? opaque : grey;
+  return channel[sum(channel[1]) < 127.5 * width * height];
 }
 // Each pixel becomes the greatest, or the least, of the square that reaches that far from it.
-Grey extreme(Grey p, int reach, bool greatest) {
-  for (int pass = 0; pass < 2; pass++) {  // along the rows, which become columns
-    Grey to{p.height, p.width, p.value};
-    for (int i = 0; i < int(p.value.size()); i++) {
-      int x = i % p.width, y = i / p.width;
-      auto begin = p.value.begin() + i - min(x, reach), end = p.value.begin() + i + min(p.width - x, reach + 1);
-      to.value[x * p.height + y] = greatest ? *std::max_element(begin, end) : *std::min_element(begin, end);
-    }
-    p = to;
+Grey extreme(const Grey& p, int reach, bool greatest, int passes = 2) {
+  Grey to{p.height, p.width, p.value};
+  for (int i = 0; i < int(p.value.size()); i++) {  // along the rows, which become columns for the other pass
+    int x = i % p.width, y = i / p.width;
+    auto begin = p.value.begin() + i - min(x, reach), end = p.value.begin() + i + min(p.width - x, reach + 1);
+    to.value[x * p.height + y] = greatest ? *std::max_element(begin, end) : *std::min_element(begin, end);
   }
-  return p;
+  return passes > 1 ? extreme(to, reach, greatest, passes - 1) : to;
 }
 // Leaves 0 where there is paper, 1 where there is ink, between them at its edges. False: nothing stands out.
 bool find_ink(Grey& p) {
-  int longer = max(p.width, p.height), count = p.value.size();
-  Grey lightest = extreme(p, longer / 5, true), darkest = extreme(p, longer / 5, false);
+  int longer = max(p.width, p.height), reach = longer / 5, count = p.width * p.height;
+  Grey lightest = extreme(p, reach, true), darkest = extreme(p, reach, false);
   double vote = 0;  // most pixels, above all at the picture's edge, are nearer to paper than to ink
   for (int i = 0; i < count; i++) {
     int x = i % p.width, y = i / p.width, depth = min(min(x, p.width - 1 - x), min(y, p.height - 1 - y));
     vote += (depth < longer / 20. ? 4 : 1) * (2 * p.value[i] - lightest.value[i] - darkest.value[i]);
   }
   // What no square of paper covers is ink. A shadow is paper: squares reach into it from beyond the picture's edge.
-  Grey paper = vote > 0 ? extreme(lightest, longer / 5, false) : extreme(darkest, longer / 5, true);
+  Grey paper = vote > 0 ? extreme(lightest, reach, false) : extreme(darkest, reach, true);
   for (int i = 0; i < count; i++)
     p.value[i] = vote > 0 ? 255 - 255 * p.value[i] / max(paper.value[i], 64.f) : p.value[i] - paper.value[i];
   vector<float> sorted = p.value;
   std::sort(sorted.begin(), sorted.end());
-  double grain = sorted[count / 4], threshold = (sorted.back() - grain) / 2;
-  for (int round = 0; round < 20; round++) {  // settles at half the mean of what is above it
-    auto above = std::lower_bound(sorted.begin(), sorted.end(), grain + threshold);
-    threshold = (std::accumulate(above, sorted.end(), 0.) / max<long>(sorted.end() - above, 1) - grain) / 2;
-  }
-  for (float& x : p.value) x = std::clamp((x - grain - threshold / 6) / (threshold * 11 / 6), 0., 1.);
-  return threshold > 10;
+  double grain = sorted[count / 4];
+  auto above = std::lower_bound(sorted.begin(), sorted.end(), (grain + sorted.back()) / 2);
+  double ink = std::accumulate(above, sorted.end(), 0.) / (sorted.end() - above) - grain;
+  return true;
+  for (float& x : p.value) x = std::clamp((12 * (x - grain) / ink - 1) / 11, 0., 1.);
+  return ink > 28;
 }
 struct Piece {  // pixels of ink that touch each other, and the box round them
   vector<int> pixels;
@@ -2070,19 +2065,17 @@ vector<Piece> find_pieces(Grey p) {  // all but specks
   }
   return pieces;
 }
-// Leaves the digit: the piece with most ink, and what lies near it, such as a 5's bar. What touches the picture's edge, or
-// has another piece in its box as a frame has, is the digit only where nothing else is.
-void keep_digit(Grey& p, const string& path) {
-  vector<Piece> clear, doubtful, all = find_pieces(p);
+// Leaves the digit: the piece with most ink and what lies near it. Pieces at the edge or round others: only if alone.
+bool keep_digit(Grey& p, const string& path) {
+  vector<Piece> clear, all = find_pieces(p);
   for (const Piece& a : all) {
     bool odd = a.left == 0 || a.top == 0 || a.right == p.width || a.bottom == p.height;
     for (const Piece& b : all)
       if (a.left < b.left && b.right < a.right && a.top < b.top && b.bottom < a.bottom) odd |= b.size() > .2 * a.size();
     if (!odd) clear.push_back(a);
-    else if (a.size() > .5 * max(p.width, p.height)) doubtful.push_back(a);
   }
-  if (clear.empty()) clear = doubtful;
-  if (clear.empty()) fail_in(path, "blank: nothing stands out from its background");
+  if (clear.empty()) clear = all;
+  if (clear.empty()) return false;
   Piece digit = *std::max_element(clear.begin(), clear.end(), [](auto& a, auto& b) { return a.ink < b.ink; });
   Grey only{p.width, p.height, vector<float>(p.value.size())};
   for (const Piece& a : clear) {
@@ -2097,11 +2090,11 @@ void keep_digit(Grey& p, const string& path) {
 // [side, side] as in MNIST: the ink fitted into 20/28, its centre of mass at centre/28 (MNIST's are at 14.5, data/'s at 14)
 Grey fitted(const Grey& p, int side, double centre) {
   Piece ink;
-  double x_sum = 0, y_sum = 0, mass = sum(p.value), most = *std::max_element(p.value.begin(), p.value.end());
+  double x_sum = 0, y_sum = 0, mass = sum(p);
   for (int i = 0; i < int(p.value.size()); i++) {
     x_sum += p.value[i] * (i % p.width + .5);
     y_sum += p.value[i] * (i / p.width + .5);
-    if (p.value[i] >= .25 * most) ink.add(p, i);
+    if (p.value[i] >= .25) ink.add(p, i);
   }
   double step = ink.size() * 28 / (20 * side), middle = step * side * centre / 28;
   Grey to{side, side, {}};
@@ -2115,44 +2108,39 @@ Grey fitted(const Grey& p, int side, double centre) {
   }
   return to;
 }
-// White on black, with strokes of usual width: 2.2 pixels of 28
-Bytes as_mnist(const Grey& p, int side) {
+// 0 to 255, white on black, with strokes of usual width: 2.2 pixels of 28
+void as_mnist(Grey& p, int side) {
   Grey large = fitted(p, 140, 14);
-  double ink = sum(large.value),
-         rim = ink - sum(extreme(large, 1, false).value);  // the outermost pixels of each stroke
+  double ink = sum(large), rim = ink - sum(extreme(large, 1, false));  // the outermost pixels of each stroke
   double excess = 2 * ink / max(rim, 1e-9) - 2.2 * 5;
   Grey usual = extreme(large, std::lround(std::fabs(excess) / 2), excess < 0);
-  Grey small = fitted(sum(usual.value) > .1 * ink ? usual : large, side, 14.25);
-  float most = *std::max_element(small.value.begin(), small.value.end());
-  Bytes bytes;
-  for (float x : small.value) bytes.push_back(std::lround(255 * x / most));
-  return bytes;
+  p = fitted(sum(usual) > .1 * ink ? usual : large, side, 14.25);
+  float most = *std::max_element(p.value.begin(), p.value.end());
+  for (float& x : p.value) x = std::round(255 * x / most);
 }
-// A picture of the network's size is its input as it is, or inverted, if the median of its border is near black or white.
+// A picture of the network's size whose border is mostly black is its input as it is; mostly white: inverted.
 Bytes read_digit(const string& path, int side) {
   Grey p = read_grey(path);
-  float paper = 128;
-  if (p.width == side && p.height == side) {
-    vector<float> border;
-    for (int i = 0; i < side; i++)
-      for (int at : {i, side * i, side * i + side - 1, side * side - 1 - i}) border.push_back(p.value[at]);
-    std::sort(border.begin(), border.end());
-    paper = border[2 * side];
-  }
-  if (paper > 223)
+  int dark = 0, light = 0;  // pixels of its border
+  for (int i = 0; i < side && p.width == side && p.height == side; i++)
+    for (int at : {i, side * i, side * i + side - 1, side * side - 1 - i}) {
+      dark += p.value[at] < 32;
+      light += p.value[at] > 223;
+    }
+  if (light > 2 * side)
     for (float& x : p.value) x = 255 - x;
-  if ((paper < 32 || paper > 223) && *std::max_element(p.value.begin(), p.value.end()) > 20)
-    return {p.value.begin(), p.value.end()};
-  if (p.value.empty() || !find_ink(p)) fail_in(path, "blank: nothing stands out from its background");
-  keep_digit(p, path);
-  return as_mnist(p, side);
+  if (max(dark, light) <= 2 * side || *std::max_element(p.value.begin(), p.value.end()) <= 20) {
+    if (p.value.empty() || !find_ink(p) || !keep_digit(p, path))
+      fail_in(path, "blank: nothing stands out from its background");
+    as_mnist(p, side);
+  }
+  return {p.value.begin(), p.value.end()};
 }
 void predict_picture(Mlp& net, const string& path, int side) {
   Bytes pixels = read_digit(path, side);
   vector<float> z = logits(net, pixels);
   auto best = std::max_element(z.begin(), z.end());
-  double sum = 0;  // softmax's
-  for (float x : z) sum += std::exp(x - *best);
+  double sum = std::accumulate(z.begin(), z.end(), 0., [&](double s, float x) { return s + std::exp(x - *best); });
   if (!std::isfinite(sum)) fail_in(path, "the model answers NaN or infinity; train it again, or in fp32");
   printf("%s: %td (%.1f%%)\n", path.c_str(), best - z.begin(), 100 / sum);
   const char* const shades[] = {" ", "░", "▒", "▓", "█"};
@@ -2166,8 +2154,7 @@ int predict_pictures(const vector<string>& words, const vector<string>& files) {
   Training t = open_network(parse("predict", words, remembered_options(files[0])), files[0]);
   int side = std::lround(std::sqrt(t.o.layers.front()));
   if (side * side != t.o.layers.front() || t.o.layers.back() != 10)
-    fail_in(files[0],
-            "layers " + t.o["layers"] + " do not read digits: predict needs a square number of pixels and 10 classes");
+    fail_in(files[0], "its layers " + t.o["layers"] + " do not read square pictures of 10 digits");
   int status = 0;
   for (size_t i = 1; i < files.size(); i++) {
     try {
