@@ -587,7 +587,7 @@ static void launch_tiles(void (*kernel)(Product), Product p, TileSize tile, int 
   launch_shared(kernel, grid, threads, shared_bytes, p);
   if (grid.z > 1) launch(split_k_reduce_kernel, blocks_for(results), element_threads, p, int(grid.z));
 }
-static Product product(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
+Product product(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
   Product p = {};
   p.layout = layout;
   p.A = matrix(A);
@@ -982,7 +982,7 @@ void LossScaler::write(const StepState& s) {
 // ==== 3.2 step 6: evaluation and dynamic precision ====
 // Box H, the output: forward alone, with the 16-bit weights that training uses, and the largest logit wins.
 vector<float> logits(Mlp& net, const vector<uint8_t>& pixels) {
-  int in = net.layer[0].a.cols, count = int(pixels.size()) / in;
+  int in = net.layer[0].a.cols, count = pixels.size() / in;
   const shared_ptr<uint8_t> bytes = on_device(pixels);
   vector<float> all;
   for (int first = 0; first < count; first += net.batch) {
@@ -1773,6 +1773,8 @@ void show_progress(const Training& t, int done) {  // at most ten times a second
 // One epoch. The host does not wait for the device before its end.
 vector<StepRecord> train_epoch(Training& t, bool quiet = false) {
   double start = now_in_seconds();
+
+// Opens the log at its end, after a header and what an old log holds of the steps before this one.
   shuffle(t);
   t.state.position = 0;
   t.scaler.write(t.state);
@@ -1812,52 +1814,44 @@ string first_not_finite(const Mlp& net) {
     look("dW", l, net.layer[l].dW);
     look("db", l, net.layer[l].db);
   }
-  return found;
-}
-
-const char log_header[] = "step,epoch,loss,loss_scale,found_inf";
-// How many bytes of an old log are kept: the header and the rows of the steps before `step`
-long kept_bytes(const string& path, unsigned step) {
-  std::ifstream log(path);
-  long bytes = 0;
-  string row;
-  while (std::getline(log, row)) {
-    if (bytes == 0 && row != log_header) fail_in(path, "is there, and no log: name another file for --log");
-    if (log.eof() || (bytes > 0 && std::strtoul(row.c_str(), nullptr, 10) >= step)) break;  // eof: it was cut short
-    bytes += long(row.size()) + 1;
+  for (const auto& [name, l, t] : tensors) {
+    vector<float> values = to_host(t);
+    for (int i = 0; i < int(values.size()); i++)
+      if (!std::isfinite(values[i]))
+        return format("%s of layer %d is %g at row %d, column %d", name, l, values[i], i / t.cols, i % t.cols);
   }
   return bytes;
 }
 FILE* open_log(const Training& t) {
   const string& path = t.o["log"];
-  FILE* log = path == "/dev/stdout" ? stdout : fopen(path.c_str(), "a");  // opened anew it would overwrite the table
+  string rows = "step,epoch,loss,loss_scale,found_inf\n";
+  bool table = path == "/dev/stdout", file = !table && (!fs::exists(path) || fs::is_regular_file(path));
+  std::ifstream old(file ? path : "");
+  string row;
+  if (std::getline(old, row) && row + "\n" != rows) fail_in(path, "is there, and no log: name another file for --log");
+  while (std::getline(old, row))
+    if (std::strtoul(row.c_str(), nullptr, 10) < t.state.step) rows += row + "\n";
+  if (file) write_file(path, rows);
+  FILE* log = table ? stdout : fopen(path.c_str(), "a");  // opened anew it would overwrite the table
   if (!log) fail_in(path, format("%s; name another file for --log", strerror(errno)));
-  bool file = log != stdout && fs::is_regular_file(path);
-  if (file) fs::resize_file(path, kept_bytes(path, t.state.step));
-  if (file ? fs::file_size(path) == 0 : t.state.step == 0) fprintf(log, "%s\n", log_header);
+  if (!file) fputs(rows.c_str(), log);
   return log;
 }
 void write_log(FILE* log, const Training& t, const vector<StepRecord>& records) {
-  unsigned step = t.state.step + t.state.halted - unsigned(records.size());
+  unsigned step = t.state.step + t.state.halted - records.size();
   for (const StepRecord& r : records)
     fprintf(log, "%u,%d,%.9g,%.9g,%d\n", step++, t.epoch, r.loss, r.loss_scale, r.found_inf);
   if (fflush(log) != 0 || ferror(log))
     fail_in(t.o["log"], format("cannot be written: %s; make room or log elsewhere", strerror(errno)));
 }
 
-void train(const vector<string>& words) {
-  Options o = parse("train", words);
+void train(const vector<string>& words, Options o) {
   string resume = o["resume"];
   if (!resume.empty()) o = parse("train", words, remembered_options(resume));
   string save = o["save"].empty() ? resume : o["save"];
   if (!save.empty()) check_writable(save);
-  if (!save.empty() && o["log"] == save) misuse("--log and --save name one file: " + save);
   Training t = begin_training(o, load_dataset(o["data"]));
-  FILE* log = nullptr;
-  if (!o["log"].empty()) {
-    log = open_log(t);
-    write_log(log, t, {});  // the header: a full disk shows now
-  }
+  FILE* log = o["log"].empty() ? nullptr : open_log(t);
   printf("%s\n%s: %d images to train on, %d to test\n", describe(t.o).c_str(), t.data.what.c_str(), t.data.train.count,
          t.data.test.count);
   printf("epoch  train loss  accuracy  loss scale  skipped  images/s  seconds%s\n", o.automatic ? " bits  in 16" : "");
