@@ -725,11 +725,6 @@ void LossScaler::update() { launch(scaler_kernel, 1, 1, state.get(), history.get
 //   half        2  w itself, rounded to nearest: what goes wrong without the others
 //   kahan       4  w, and a second 16-bit number: what rounding w lost (Kahan 1965; arXiv 2010.06192)
 //   stochastic  2  w, rounded up or down by chance, so that it is right on average
-template <class T> __device__ __forceinline__ float rounded(float x) {
-  T t;
-  round_to(t, x);
-  return to_float(t);
-}
 __host__ __device__ half stochastic_half(float x, uint64_t random) {
   const uint32_t sign = bits_of(x) >> 16 & 0x8000, u = bits_of(x) & 0x7fffffff;
   const int exponent = int(u >> 23) - 127;
@@ -749,13 +744,16 @@ __host__ __device__ bfloat16 stochastic_bfloat16(float x, uint64_t random) {
   if ((u & 0x7fffffff) >= 0x7f7f0000) return float_to_bfloat16(x);
   return bfloat16{uint16_t((u + uint32_t(random & 0xffff)) >> 16)};
 }
-// The first argument is there for its type.
-__device__ __forceinline__ float stochastic(float, float x, uint64_t) { return x; }
-__device__ __forceinline__ float stochastic(half, float x, uint64_t random) {
-  return to_float(stochastic_half(x, random));
+__device__ __forceinline__ void round_to(float& to, float x, uint64_t) { to = x; }
+__device__ __forceinline__ void round_to(half& to, float x, uint64_t random) { to = stochastic_half(x, random); }
+__device__ __forceinline__ void round_to(bfloat16& to, float x, uint64_t random) {
+  to = stochastic_bfloat16(x, random);
 }
-__device__ __forceinline__ float stochastic(bfloat16, float x, uint64_t random) {
-  return to_float(stochastic_bfloat16(x, random));
+// Rounded to T: to nearest, or, with a random number, by chance
+template <class T, class... Random> __device__ __forceinline__ float rounded(float x, Random... random) {
+  T t;
+  round_to(t, x, random...);
+  return to_float(t);
 }
 
 __global__ void update_kernel(const Parameters* layers, Update rule, float lr, uint64_t seed, const StepState* state) {
@@ -795,7 +793,7 @@ __global__ void update_kernel(const Parameters* layers, Update rule, float lr, u
         load(weights + i, w);
         for (int j = 0; j < 8; j++) {
           w[j] -= lr * g[j];
-          if (rule == Update::stochastic) w[j] = stochastic(T{}, w[j], random_bits(step_seed, uint64_t(i + j)));
+          if (rule == Update::stochastic) w[j] = rounded<T>(w[j], random_bits(step_seed, uint64_t(i + j)));
         }
       }
       if (sizeof(T) < sizeof(float)) store(weights + i, w);  // in fp32 the weights are the master
