@@ -41,10 +41,9 @@ run: $(B)/mp
 	$(B)/mp train --save build/digits.safetensors $(ARGS)
 	@echo "Next: build/mp test build/digits.safetensors   which digits it takes for which"
 	@echo "      build/mp train --precision bf16 --update half --lr 0.001   hardly learns"
-	@echo "      make mnist && build/mp train --data build/mnist --lr 0.2 --epochs 5"
 test: $(B)/tests $(B)/mp
-PLOT = awk -f data/plot.awk "$(B)/mp train --epochs 3 $(ARGS)"
 	MP_PROGRAM=$(B)/mp $(B)/tests $(ARGS)
+PLOT = awk -f data/plot.awk "$(B)/mp train --epochs 3 $(ARGS)"
 plots: $(B)/mp
 	$(PLOT) --loss-scale -24 24 "--precision fp16" "--precision auto" >build/plot && mv build/plot data/scale.svg
 	$(PLOT) --lr -14 -2 "--precision fp16" "--update half" "--precision bf16" "--precision bf16 --update half" >build/plot && \
@@ -64,7 +63,7 @@ $(B)/mp: $(B)/mp.o
 $(B)/tests: $(B)/tests.o $(B)/mp.o
 	$(LINK) $^ -o $@
 
-# stb reads pictures, doctest runs the tests. With apt-get they are installed; elsewhere the user is told how.
+# stb reads pictures, doctest runs the tests. Without apt-get the user is told how to get them.
 HEADERS = \043include <stb/stb_image.h>\n\043include <doctest/doctest.h>\n
 MISSING = $(shell printf '$(HEADERS)' | $(CXX) -x c++ -fsyntax-only - 2>/dev/null || echo yes)
 INSTALL = apt-get install -y -q doctest-dev libstb-dev
@@ -79,8 +78,7 @@ packages:
 	  echo "  stb_image.h from github.com/nothings/stb into ~/include/stb/. Then"; \
 	  echo "  export CPLUS_INCLUDE_PATH=~/include, and make again."; exit 1; }
 
-# Each parser (pictures, data files, checkpoints, options) under AddressSanitizer and UBSan. Inputs that reach new code
-# are kept in build/fuzz/corpus.
+# Each parser under AddressSanitizer and UBSan. Inputs that reach new code are kept in build/fuzz/corpus.
 RUNS = 100000
 READERS = picture sheet idx safetensors options
 build/fuzz/mp: tests.cpp mp.cu mp.h Makefile | packages
@@ -122,7 +120,7 @@ digits: | packages
 	$(CXX) -std=c++17 -O2 -ffp-contract=off $(WARN) data/digits.cpp -o build/digits
 	build/digits data
 
-# The GPUs from a T4 on that this nvcc knows, with warnings as errors
+# The GPUs from a T4 on that this nvcc knows
 GPUS = $(shell mkdir -p build/cuda; for a in 75 80 90a 100 120; do nvcc -x cu -arch=sm_$$a -cubin -o build/cuda/known /dev/null 2>/dev/null && \
   echo "-gencode arch=compute_$$a,code=sm_$$a"; done)
 cuda-check: | packages
@@ -132,13 +130,12 @@ cuda-check: | packages
 	  $(GPUS) -c mp.cu -o build/cuda/mp.o
 	$(CXX) -std=c++17 $(WARN) -Werror -O1 -DMP_CUDA -c tests.cpp -o build/cuda/tests.o
 	nvcc build/cuda/tests.o build/cuda/mp.o -lcublas -o build/cuda/tests
-	nvcc build/cuda/mp.o -lcublas -o build/cuda/mp
-# On a machine with a GPU, in ten minutes at most: rates, tests, memory errors, races; then a table of them for README.md.
-	-for net in 784,128,10 "784,8192,10 --batch 4096"; do for type in fp32 fp16 bf16; do build/mp train --epochs 3 --layers $$net \
-	  --precision $$type | awk -v run="$$net $$type" '$$1 == 3 { print run ": " $$6 " images/s" }'; done; done >>build/gpu/bench
+# On a GPU, in ten minutes at most: rates, tests, memory errors, races; then a table of them for README.md
 gpu:
 	$(MAKE) BACKEND=cuda all build/tests
 	-mkdir -p build/gpu; timeout 150 build/mp bench >build/gpu/bench
+	-for net in 784,128,10 "784,8192,10 --batch 4096"; do for type in fp32 fp16 bf16; do build/mp train --epochs 3 --layers $$net \
+	  --precision $$type | awk -v run="$$net $$type" '$$1 == 3 { print run ": " $$6 " images/s" }'; done; done >>build/gpu/bench
 	-MP_PROGRAM=build/mp timeout 180 build/tests >build/gpu/tests
 	-for tool in memcheck racecheck initcheck synccheck; do timeout 50 compute-sanitizer --tool $$tool build/tests \
 	  -ts="E*,gemm*,train_step,unscale*,loss*,update*,stochastic*" -tce="K*" >build/gpu/$$tool; done
@@ -222,7 +219,7 @@ FIND = $(MAKE) -s $(X)/tests-asan >$(X)/asan 2>&1; \
   { (cd $(X); $(LIMITED) MP_THREADS=1; exec ./tests-asan $(ONLY) --out=/dev/null >/dev/null 2>asan); } 2>/dev/null; \
   sed -nE '/ERROR: Addr/,/^$$/s/^ *\#.* in (void )?([A-Za-z0-9_]+).*(mp.cu:[0-9]+).*/  \3, in \2/p' $(X)/asan | \
     grep -Ev ' (Matrix|load|store|auto|with_type)$$' | head -2 | grep . || echo "  not found"
-# All exercises begun in this checkout, or a row for each of several checkouts
+# All exercises begun here, or a row for each of several checkouts
 check-all:
 ifdef FOLDERS
 	@echo "Exercises $(firstword $(REGIONS)) to $(lastword $(REGIONS)): + done, x fails, . not started"
@@ -251,7 +248,7 @@ build/%/tests: build/%/mp.cu mp.h build/class/tests.o
 build/%/tests-asan: build/%/mp.cu mp.h build/class/tests-asan.o
 	$(CLASS) -g $(ASAN) -I. $< -x none build/class/tests-asan.o -o $@
 
-# Copies each region into walkthrough.md: into the code block after the line <!-- region NAME -->.
+# Copies each region into walkthrough.md, after the line <!-- region NAME -->.
 # First both files must name the same regions, each once.
 walkthrough:
 	@mkdir -p build

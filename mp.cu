@@ -1,9 +1,8 @@
 // mp: a multi-layer perceptron trained in mixed precision, every kernel written by hand, beside the article that
 // walkthrough.md reads with you. The banners name its sections (4.2.2 is item 2 of 4.2); E1 to E5 number its equations.
 //
-// It does: fp16 or bf16 tensors, products summed in fp32, fp32 master weights, dynamic loss scaling, plain SGD.
-// It refuses: convolutions, other optimizers, several GPUs, a framework. The method comes first, up to the banner
-// 'Device memory'; the program around it follows.
+// fp16 or bf16 tensors, products summed in fp32, fp32 master weights, dynamic loss scaling, plain SGD; nothing else.
+// The method comes first, up to the banner 'Device memory'; the program around it follows.
 //
 //   make run                    builds it and learns the digits in data/, with a GPU or without
 //   make test                   proves it
@@ -138,7 +137,7 @@ struct Matrix {
   }
   __device__ void set(int row, int col, float x) const { store(size_t(row) * stride + col, {x}); }
 };
-static Matrix matrix(const Tensor& t) { return {t.memory.get(), t.type, t.rows, t.cols, t.stride}; }
+Matrix matrix(const Tensor& t) { return {t.memory.get(), t.type, t.rows, t.cols, t.stride}; }
 
 // ==== 2.3 The architecture: one training step, boxes A to G ====
 void train_step(Mlp& net, const Batch& batch, LossScaler& scaler, float lr) {
@@ -168,7 +167,7 @@ __device__ __forceinline__ Share my_share(int n) {
   const int begin = int(blockIdx.x) * elements_per_block;
   return {begin + int(threadIdx.x) * 8, min(begin + elements_per_block, n), int(blockDim.x) * 8};
 }
-static unsigned blocks_for(int n) { return unsigned(n + elements_per_block - 1) / elements_per_block; }
+unsigned blocks_for(int n) { return unsigned(n + elements_per_block - 1) / elements_per_block; }
 
 // Boxes A and B. Images lie in device memory as bytes. StepState, there too, counts the steps: thus every step is
 // launched with the same arguments, and a GPU can replay it. Without a state (evaluation) a batch starts at row 0.
@@ -205,9 +204,7 @@ __host__ __device__ inline uint64_t random_bits(uint64_t seed, uint64_t i) {
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return z ^ (z >> 31);
 }
-static double uniform(uint64_t seed, uint64_t i) {
-  return (double(random_bits(seed, i) >> 11) + 0.5) * 0x1p-53;
-}  // never 0
+double uniform(uint64_t seed, uint64_t i) { return (double(random_bits(seed, i) >> 11) + 0.5) * 0x1p-53; }  // never 0
 
 void initialise(Mlp& net) {
   for (int l = 1; l <= net.L; l++) {
@@ -325,7 +322,7 @@ __global__ void column_sums_kernel(Matrix delta, Matrix db) {  // a block for 8 
     for (int j = 0; j < 8; j++) sum[j] += part[i * 8 + j];  // in a fixed order
   db.store(col, sum);
 }
-static void column_sums(const Tensor& delta, const Tensor& db) {
+void column_sums(const Tensor& delta, const Tensor& db) {
   launch_shared(column_sums_kernel, unsigned(delta.stride / 8), column_threads, column_threads * 8 * sizeof(float),
                 matrix(delta), matrix(db));
 }
@@ -421,16 +418,20 @@ __device__ __forceinline__ void load_tile_as_floats(float* tile, const Matrix& g
       }
   });
 }
-__host__ __device__ constexpr int tiled_threads(int BM, int BN) { return BM / thread_tile.M * (BN / thread_tile.N); }
-template <int BM, int BN> __global__ void __launch_bounds__(tiled_threads(BM, BN)) gemm_tiled_kernel(Product p) {
-  constexpr int BK = tiled_BK, threads = tiled_threads(BM, BN);
-  constexpr int down = thread_tile.M / TM, register_tiles = down * (thread_tile.N / TN);  // of a thread
-  constexpr int vectors = TN / vector_width;                                              // a row of a register tile
+__host__ __device__ constexpr int tiled_threads(TileSize tile) {
+  return tile.M / thread_tile.M * (tile.N / thread_tile.N);
+}
+template <int BM, int BN> __global__ void __launch_bounds__(tiled_threads({BM, BN})) gemm_tiled_kernel(Product p) {
+  constexpr int BK = tiled_BK, threads = tiled_threads({BM, BN});
+  // A thread's register tiles, and the vectors in a row of one
+  constexpr int down = thread_tile.M / TM, register_tiles = down * (thread_tile.N / TN);
+  constexpr int vectors = TN / vector_width;
   const Layout layout = p.layout;
-  float* const a_tile = dynamic_shared<float>();                                          // [BK][BM]
-  float* const b_tile = a_tile + BK * BM;                                                 // [BK][BN]
-  const int m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, k0 = blockIdx.z * p.k_per_split;  // where the block begins,
-  const int M_left = p.M - m0, N_left = p.N - n0;                                         // and what is left from there
+  float* const a_tile = dynamic_shared<float>();  // [BK][BM]
+  float* const b_tile = a_tile + BK * BM;         // [BK][BN]
+  // Where the block begins, and what is left from there
+  const int m0 = blockIdx.y * BM, n0 = blockIdx.x * BN, k0 = blockIdx.z * p.k_per_split;
+  const int M_left = p.M - m0, N_left = p.N - n0;
   const int m_thread = int(threadIdx.x) % (BM / thread_tile.M) * (thread_tile.M / TM_parts);
   const int n_thread = int(threadIdx.x) / (BM / thread_tile.M) * thread_tile.N;
   // Row i of a register tile. A GPU's lie in two runs of 4, so that neighbours read neighbours: no bank of memory twice.
@@ -572,10 +573,10 @@ __global__ void split_k_reduce_kernel(Product p, int splits) {
     with_type(p.A.type, [&](auto zero) { epilogue<decltype(zero)>(p, i / p.C.stride, i % p.C.stride, sum); });
   }
 }
-static float* workspace_of(size_t count);
+float* workspace_of(size_t count);
 // A block for each tile of C. If these are too few for the machine, `splits` blocks share a tile's K, in steps of BK.
-static void launch_tiles(void (*kernel)(Product), Product p, TileSize tile, int BK, int threads, size_t shared_bytes,
-                         int splits) {
+// bytes: of shared memory for each of the (tile.M + tile.N) * BK numbers of the operands
+void launch_tiles(void (*kernel)(Product), Product p, TileSize tile, int BK, int threads, int bytes, int splits) {
   dim3 grid(unsigned(p.N + tile.N - 1) / tile.N, unsigned(p.M + tile.M - 1) / tile.M);
   const int steps = (p.K + BK - 1) / BK;
   if (splits < 1) splits = min(multiprocessors() / int(grid.x * grid.y), steps / 2);  // 2 steps each at least
@@ -584,7 +585,7 @@ static void launch_tiles(void (*kernel)(Product), Product p, TileSize tile, int 
   grid.z = unsigned(p.K + p.k_per_split - 1) / p.k_per_split;
   const int results = p.M * p.C.stride;
   if (grid.z > 1) p.workspace = workspace_of(size_t(grid.z) * results);
-  launch_shared(kernel, grid, threads, shared_bytes, p);
+  launch_shared(kernel, grid, threads, (tile.M + tile.N) * BK * bytes, p);
   if (grid.z > 1) launch(split_k_reduce_kernel, blocks_for(results), element_threads, p, int(grid.z));
 }
 Product product(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e) {
@@ -611,29 +612,25 @@ void gemm_naive(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
   const Product p = product(layout, A, B, C, e);
   launch(gemm_naive_kernel, dim3(unsigned(p.N + 15) / 16, unsigned(p.M + 15) / 16), dim3(16, 16), p);
 }
-template <int BM, int BN> static void launch_tiled(const Product& p, int splits) {
-  launch_tiles(gemm_tiled_kernel<BM, BN>, p, {BM, BN}, tiled_BK, tiled_threads(BM, BN),
-               (BM + BN) * tiled_BK * sizeof(float), splits);
-}
 void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C, const Epilogue& e, int splits) {
   const Product p = product(layout, A, B, C, e);
   // Large tiles, where M needs them and there are enough for every core. The sums and their order are the same in both.
   const bool large = p.M > small_tile.M && int64_t(p.M) * p.N >= int64_t(cores()) * large_tile.M * large_tile.N;
-  if (large) launch_tiled<large_tile.M, large_tile.N>(p, splits);
-  else launch_tiled<small_tile.M, small_tile.N>(p, splits);
+  const TileSize tile = large ? large_tile : small_tile;
+  void (*const kernel)(Product) =
+      large ? gemm_tiled_kernel<large_tile.M, large_tile.N> : gemm_tiled_kernel<small_tile.M, small_tile.N>;
+  launch_tiles(kernel, p, tile, tiled_BK, tiled_threads(tile), sizeof(float), splits);
 }
 bool tensor_cores(Type type) { return type == Type::fp16 || (type == Type::bf16 && bf16_tensor_cores()); }
-template <Layout layout, class T, int BM, int BN> static void launch_mma(const Product& p, int splits) {
-  launch_tiles(gemm_mma_kernel<layout, T, BM, BN>, p, {BM, BN}, mma_BK, mma_threads,
-               (BM + BN) * mma_BK * stages * sizeof(T), splits);
-}
 // Large tiles need 96 KiB of shared memory, which a block may have from sm_80 on, and results for every multiprocessor.
-template <Layout layout, class T> static void launch_mma(const Product& p, int splits) {
+template <Layout layout, class T> void launch_mma(const Product& p, int splits) {
   const bool enough = int64_t(p.M) * p.N >= int64_t(multiprocessors()) * 128 * 128;
-  if (enough && max_shared_bytes() >= 96 * 1024) launch_mma<layout, T, 128, 128>(p, splits);
-  else launch_mma<layout, T, 64, 64>(p, splits);
+  const bool large = enough && max_shared_bytes() >= 96 * 1024;
+  const TileSize tile = large ? TileSize{128, 128} : TileSize{64, 64};
+  void (*const kernel)(Product) = large ? gemm_mma_kernel<layout, T, 128, 128> : gemm_mma_kernel<layout, T, 64, 64>;
+  launch_tiles(kernel, p, tile, mma_BK, mma_threads, stages * sizeof(T), splits);
 }
-template <class T> static void launch_mma(const Product& p, int splits) {
+template <class T> void launch_mma(const Product& p, int splits) {
   if (p.layout == Layout::ABt) launch_mma<Layout::ABt, T>(p, splits);
   else if (p.layout == Layout::AB) launch_mma<Layout::AB, T>(p, splits);
   else launch_mma<Layout::AtB, T>(p, splits);
@@ -670,7 +667,7 @@ struct Parameters {  // of a layer, all [1, n]; no data in those that the update
   Matrix master, weights, compensation, gradients;
 };
 // A launch for all layers: blockIdx.y counts them. Those smaller than the largest have blocks with nothing to do.
-template <class... P, class... A> static void launch_layers(void (*kernel)(P...), const Mlp& net, A... args) {
+template <class... P, class... A> void launch_layers(void (*kernel)(P...), const Mlp& net, A... args) {
   int largest = 0;
   for (const Layer& layer : net.layer) largest = std::max(largest, layer.weights.cols);
   launch(kernel, dim3(blocks_for(largest), net.L), element_threads, net.parameters.get(), args...);
@@ -700,7 +697,7 @@ __global__ void scaler_kernel(StepState* state, StepRecord* history, float growt
   if (s.found_inf) {
     s.scale *= backoff;
     s.growth_tracker = 0;
-  } else if (++s.growth_tracker == interval) {
+  } else if (++s.growth_tracker >= interval) {
     s.growth_tracker = 0;
     if (s.scale * growth <= 3.40282347e38f) s.scale *= growth;  // 2^127 doubled would be infinite
   }
@@ -813,8 +810,8 @@ using std::string;
 using std::to_string;
 using std::vector;
 void fail(const string& text) { throw Error(text); }
-[[noreturn]] static void fail_in(const string& file, const string& what) { fail(file + ": " + what); }
-__attribute__((format(printf, 1, 2))) static string format(const char* words, ...) {
+[[noreturn]] void fail_in(const string& file, const string& what) { fail(file + ": " + what); }
+__attribute__((format(printf, 1, 2))) string format(const char* words, ...) {
   char text[1000];
   va_list arguments;
   va_start(arguments, words);
@@ -826,28 +823,24 @@ __attribute__((format(printf, 1, 2))) static string format(const char* words, ..
 void check(cudaError_t error, const char* call, const char* file, int line) {  // a kernel's error: at a later call
   if (error == cudaSuccess) return;
   cudaGetLastError();  // takes the error away; the next launch would report it again
-  fail(
-      format("the device failed: %s (%s:%d: %s); continue with --resume", cudaGetErrorString(error), file, line, call));
+  bool full = error == cudaErrorMemoryAllocation;
+  fail(format("the device failed: %s (%s:%d: %s); %s", cudaGetErrorString(error), file, line, call,
+              full ? "make --batch or --layers smaller" : "continue with --resume"));
 }
-template <class T> static shared_ptr<T> device_array(size_t count) {  // of zeros
+template <class T> shared_ptr<T> device_array(size_t count) {  // of zeros
   size_t bytes = max(count * sizeof(T), size_t(1));
   void* memory = nullptr;
-  const cudaError_t error = cudaMalloc(&memory, bytes);
-  if (error == cudaErrorMemoryAllocation) {
-    cudaGetLastError();
-    fail(format("out of memory: no room for %.1f MiB more; make --batch or --layers smaller", bytes / 1048576.));
-  }
-  CUDA_CHECK(error);
+  CUDA_CHECK(cudaMalloc(&memory, bytes));
   CUDA_CHECK(cudaMemset(memory, 0, bytes));
   return {static_cast<T*>(memory), cudaFree};
 }
-template <class T> static shared_ptr<T> on_device(const vector<T>& values) {
+template <class T> shared_ptr<T> on_device(const vector<T>& values) {
   shared_ptr<T> memory = device_array<T>(values.size());
   CUDA_CHECK(cudaMemcpy(memory.get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
   return memory;
 }
 // For the partial sums of split K: as much as the largest product has asked for. Recorded steps may point to older ones.
-static float* workspace_of(size_t count) {
+float* workspace_of(size_t count) {
   static vector<shared_ptr<float>> all;
   static size_t size = 0;
   if (count > size) {
@@ -866,12 +859,12 @@ Tensor make_tensor(int64_t rows, int64_t cols, Type type) {
 }
 Tensor first_rows(const Tensor& t, int rows) { return {rows, t.cols, t.stride, t.type, t.memory}; }
 // [rows, cols] of the numbers of a flat tensor, from number `first` on
-static Tensor part_of(const Tensor& flat, int first, int rows, int cols) {
-  size_t width = flat.bytes() / size_t(flat.stride);
+Tensor part_of(const Tensor& flat, int first, int rows, int cols) {
+  size_t width = flat.bytes() / flat.stride;
   return {rows, cols, padded(cols), flat.type, {flat.memory, flat.memory.get() + first * width}};
 }
 // Number i of an array in the host's memory
-static float number_at(const void* array, Type type, size_t i) {
+float number_at(const void* array, Type type, size_t i) {
   if (type == Type::fp32) return static_cast<const float*>(array)[i];
   if (type == Type::fp16) return half_to_float(static_cast<const half*>(array)[i]);
   return bfloat16_to_float(static_cast<const bfloat16*>(array)[i]);
@@ -906,7 +899,8 @@ void set_types(Mlp& net, const vector<Type>& types) {
     layer.a = make_tensor(net.batch, out, types[min(l, net.L - 1)]);  // layer l + 1 reads it; nobody the last one
     layer.type = types[max(l - 1, 0)];
     if (l == 0) continue;
-    int in = net.layer[l - 1].a.cols, W_size = out * padded(in), n = W_size + padded(out);
+    int in = net.layer[l - 1].a.cols;
+    int64_t W_size = int64_t(out) * padded(in), n = W_size + padded(out);
     if (net.update == Update::master && !layer.master.memory) layer.master = make_tensor(1, n, Type::fp32);
     if (net.update == Update::kahan) layer.compensation = make_tensor(1, n, layer.type);
     layer.weights = layer.master;
@@ -924,19 +918,13 @@ void set_types(Mlp& net, const vector<Type>& types) {
   net.parameters = on_device(parameters);
 }
 Mlp make_mlp(const vector<int>& sizes, int batch, Type type, Update update) {
-  if (sizes.size() < 2) fail("a network needs at least an input and an output layer");
   if (type == Type::fp32 && update != Update::master) fail("fp32 weights lose nothing to rounding: use Update::master");
   Mlp net;
-  net.L = int(sizes.size()) - 1;
+  net.L = sizes.size() - 1;
   net.batch = net.rows = batch;
   net.update = update;
   net.layer.resize(sizes.size());
-  for (int l = 0; l <= net.L; l++) {
-    net.layer[l].a.cols = sizes[l];
-    int64_t in = sizes[max(l - 1, 0)];  // kernels index with ints, and a CUDA grid is 65535 high
-    if (l > 0 && ((in + 8) * sizes[l] > 1 << 30 || max(sizes[l], batch) > 1000000))
-      fail(format("%d x %d weights, batch %d: too many; make --layers or --batch smaller", sizes[l], int(in), batch));
-  }
+  for (int l = 0; l <= net.L; l++) net.layer[l].a.cols = sizes[l];
   set_types(net, vector<Type>(net.L, type));
   net.y = make_tensor(batch, sizes.back(), Type::fp32);
   net.log_sum_exp = make_tensor(1, batch, Type::fp32);
@@ -945,16 +933,15 @@ Mlp make_mlp(const vector<int>& sizes, int batch, Type type, Update update) {
 Footprint footprint(const Mlp& net) {
   Footprint bytes;
   for (const Layer& layer : net.layer) {
-    if (layer.master.memory != layer.weights.memory) bytes.master += layer.master.bytes();
-    bytes.weights += layer.weights.bytes();
-    bytes.compensation += layer.compensation.bytes();
+    if (layer.master.memory != layer.weights.memory) bytes.weights += layer.master.bytes();
+    bytes.weights += layer.weights.bytes() + layer.compensation.bytes();
     bytes.activations += layer.a.bytes();
     bytes.gradients += layer.delta.bytes() + layer.gradients.bytes();
   }
   return bytes;
 }
 // The parameters as training keeps them: the master, or the weights where there is none
-static const Tensor& kept(const Layer& layer) { return layer.master.memory ? layer.master : layer.weights; }
+const Tensor& kept(const Layer& layer) { return layer.master.memory ? layer.master : layer.weights; }
 Tensor kept_W(const Layer& layer) { return part_of(kept(layer), 0, layer.W.rows, layer.W.cols); }
 Tensor kept_b(const Layer& layer) { return part_of(kept(layer), layer.W.rows * layer.W.stride, 1, layer.W.rows); }
 void set_parameters(Layer& layer, const vector<float>& W, const vector<float>& b) {
@@ -999,16 +986,16 @@ vector<int> predict(Mlp& net, const vector<uint8_t>& pixels) {
   int classes = net.layer[net.L].a.cols;
   vector<int> answer;
   for (const float* z = all.data(); z < all.data() + all.size(); z += classes)
-    answer.push_back(int(std::max_element(z, z + classes) - z));
+    answer.push_back(std::max_element(z, z + classes) - z);
   return answer;
 }
 
 // Dynamic precision. The article adjusts the shares of 16 and 32 bits by the loss of precision seen, and gives no
-// method. Here: before each epoch a batch goes forward and backward in fp32 throughout (probe), the exponents of all
-// its numbers are counted, and a layer whose numbers fp16 cannot hold (why_not_fp16) moves to fp32 until that is over.
+// method. Here: before each epoch a batch goes forward and backward in fp32 (probe), the exponents of its numbers are
+// counted, and a layer whose numbers fp16 cannot hold (why_not_fp16) moves to fp32 until that is over.
 void Exponents::add(const Tensor& t, double factor) {
   for (const float value : to_host(t)) {
-    float x = float(std::fabs(value * factor));
+    float x = std::fabs(value * factor);
     if (x == 0) zeros++;
     else if (!(x < 65520)) overflow++;  // what fp16 rounds to infinity; NaN too
     else count[max(int(bits_of(x) >> 23) - 127, lowest) - lowest]++;
@@ -1042,11 +1029,10 @@ vector<Probe> probe(const Mlp& net, const Batch& batch, float scale) {
   }
   return seen;
 }
-// An input or activation that fp16 cannot hold ruins every step, and so does an infinite gradient under a fixed scale
-// (a dynamic one is halved, which costs a step). Small gradients are lost one by one. In dW those count that would become
-// 0 or lose bits, below 2^-14; in delta, whose errors average out in dW's sums, only those that would become 0. The limit
-// is one half: in 15 epochs of data/ with a dynamic scale up to 3 % (dW) and 9 % (delta) are lost, and fp16 learns as
-// well as fp32; MNIST at a scale of 2^-16, where it does not, loses 70 % and more.
+// An input or activation that fp16 cannot hold ruins every step; so does an infinite gradient under a fixed scale (a
+// dynamic one is halved). Small gradients are lost one by one. In dW those count that would become 0 or lose bits,
+// below 2^-14; in delta, whose errors average out in dW's sums, only those that would become 0. The limit is one half:
+// data/ loses up to 9 % under a dynamic scale and learns well, MNIST at a scale of 2^-16 loses 70 % and does not.
 string why_not_fp16(const vector<Probe>& seen, int l, bool dynamic, int headroom) {
   const struct {
     const char* name;
@@ -1060,14 +1046,14 @@ string why_not_fp16(const vector<Probe>& seen, int l, bool dynamic, int headroom
   for (const auto& t : tensors) {
     int64_t overflow = t.values.overflow + t.values.between(16 - headroom, 16);
     if (overflow > 0 && !t.halved) return format("%lld of its %s overflow", (long long)overflow, t.name);
-    double share = double(t.values.between(Exponents::lowest, t.lost)) / double(t.values.nonzero() + 1e-9);
+    double share = t.values.between(Exponents::lowest, t.lost) / (t.values.nonzero() + 1e-9);
     if (share > 0.5)
       return format("%.0f%% of its %s would be 0%s", 100 * share, t.name, t.lost == -14 ? " or subnormal" : "");
   }
   return "";
 }
 // The map of --precision auto: a layer is in fp16 at first, and again after two clean probes.
-static void set_types(Mlp& net) {
+void set_types(Mlp& net) {
   vector<Type> types(net.L, Type::fp16);
   for (int l = 1; l <= net.L; l++)
     if (net.layer[l].clean_probes < 2) types[l - 1] = Type::fp32;
@@ -1075,10 +1061,10 @@ static void set_types(Mlp& net) {
 }
 
 // ==== 4.3, 5.2 The example: 1-5-1 ====
-// The article's listing as it was meant: one input, one hidden layer of 5 (the article counts two), one output, E1,
-// SGD 0.01, 100 epochs, a GradScaler. The data that it leaves undefined are points of y = x^2 on [-1, 1]. Without an
-// activation, as the article writes it, the network is one linear map, and the best line through this parabola is flat.
-static vector<float> learn_parabola(bool relu) {  // the loss of each epoch
+// The article's listing as it was meant: one hidden layer of 5 (the article counts two), E1, SGD 0.01, 100 epochs, a
+// GradScaler. The data that it leaves undefined are points of y = x^2 on [-1, 1]. Without an activation, as the article
+// writes it, the network is one linear map, and the best line through this parabola is flat.
+vector<float> learn_parabola(bool relu) {  // the loss of each epoch
   int points = 256, rows = 4, epochs = 100;
   Mlp net = make_mlp({1, 5, 1}, rows, Type::fp16, Update::master);
   net.relu = relu;
@@ -1101,7 +1087,7 @@ static vector<float> learn_parabola(bool relu) {  // the loss of each epoch
   }
   return losses;
 }
-static void article() {
+void article() {
   vector<float> line = learn_parabola(false), relu = learn_parabola(true);
   printf("%s\n1-5-1 · fp16, fp32 master, dynamic loss scale · 256 points of y = x^2\n\n", machine().c_str());
   printf("  epoch  loss without activation  loss with ReLU\n");
@@ -1121,23 +1107,20 @@ Bytes read_file(const string& path) {
   if (!fs::is_regular_file(path)) fail_in(path, "no such file, or a folder, device or pipe: check the name");
   if (fs::file_size(path) > INT_MAX) fail_in(path, "larger than 2 GB: name another");
   Bytes bytes(fs::file_size(path));
-  if (!std::ifstream(path, std::ios::binary).read((char*)bytes.data(), long(bytes.size())))
+  if (!std::ifstream(path, std::ios::binary).read((char*)bytes.data(), bytes.size()))
     fail_in(path, format("cannot be read: %s", strerror(errno)));
   return bytes;
 }
-// Where a link leads. Fails if no file can be saved there: before training, rather than after an hour of it.
-static string check_writable(const string& path) {
+// Where a link leads. Fails if no file can be saved there: before training, not after an hour of it.
+string check_writable(const string& path) {
   fs::path target = fs::weakly_canonical(fs::absolute(path));
-  while (fs::is_symlink(fs::symlink_status(target)))  // to a file that is not there yet
-    target = fs::weakly_canonical(target.parent_path() / fs::read_symlink(target));
   bool old = fs::exists(target);
   if (old && !fs::is_regular_file(target)) fail_in(path, "is a folder, device or pipe: name a file to save to");
   if (access(target.parent_path().c_str(), W_OK | X_OK) != 0 || (old && access(target.c_str(), W_OK) != 0))
     fail_in(path, format("cannot be saved: %s; make its folder first, or save elsewhere", strerror(errno)));
   return target.string();
 }
-// Whoever reads the path sees the old file or the new one, never half of it; after a power cut too, because the bytes
-// reach the disk before the name does.
+// Whoever reads the path sees the old file or the new one; after a power cut too: the bytes reach the disk before the name.
 void write_file(const string& path, const string& bytes) {
   string target = check_writable(path);
   string unfinished = target.substr(0, target.rfind('/') + 1) + format("mp.%d.unfinished", getpid());
@@ -1154,7 +1137,7 @@ void write_file(const string& path, const string& bytes) {
 }
 
 // Debian 12's stb_image 2.27 copies a JPEG's Huffman table into room for 256 codes, however many there are.
-static void check_jpeg(const string& path, const Bytes& file) {
+void check_jpeg(const string& path, const Bytes& file) {
   for (size_t at = 2; at + 4 < file.size();) {
     int marker = file[at] == 0xff ? file[at + 1] : 0;
     if (marker == 0xd9) return;  // the end
@@ -1173,7 +1156,7 @@ template <class T> struct Picture {
   vector<T> value;  // [height, width, channels]
 };
 // A PNG or JPEG: grey, and alpha if channels is 2
-static Picture<uint8_t> read_picture(const string& path, int channels) {
+Picture<uint8_t> read_picture(const string& path, int channels) {
   Bytes file = read_file(path);
   int size = file.size(), width = 0, height = 0, found = 0;
   if (size > 0 && file[0] == 0xff) check_jpeg(path, file);
@@ -1188,7 +1171,7 @@ static Picture<uint8_t> read_picture(const string& path, int channels) {
   return {width, height, {pixel.get(), pixel.get() + size_t(width) * height * channels}};
 }
 // A sheet: square tiles, 100 in a row; row r of tiles shows the digit r mod 10 and no other.
-static Images read_sheet(const string& path) {
+Images read_sheet(const string& path) {
   Picture<uint8_t> sheet = read_picture(path, 1);
   int side = sheet.width / 100;
   if (side == 0 || sheet.width % 100 != 0 || sheet.height % side != 0)
@@ -1197,7 +1180,7 @@ static Images read_sheet(const string& path) {
   images.count = sheet.height / side * 100;
   images.pixels = side * side;
   for (int tile = 0; tile < images.count; tile++) {
-    images.label.push_back(uint8_t(tile / 100 % 10));
+    images.label.push_back(tile / 100 % 10);
     for (int y = 0; y < side; y++) {
       const uint8_t* from = &sheet.value[(tile / 100 * side + y) * sheet.width + tile % 100 * side];
       images.pixel.insert(images.pixel.end(), from, from + side);
@@ -1219,19 +1202,19 @@ Bytes read_idx(const string& path, vector<uint32_t>& size) {
     promised *= size[i];
   }
   size_t there = file.size() - header;
-  if (promised == 0 || promised != double(there))
+  if (promised == 0 || promised != there)
     fail_in(path, format("its header promises %.0f bytes, %zu follow; get it again (`make mnist`)", promised, there));
-  return {file.begin() + long(header), file.end()};
+  return {file.begin() + header, file.end()};
 }
 // The first file of the folder, in alphabetical order, whose name begins so; "" if there is none
-static string find_file(const string& folder, const string& beginning) {
+string find_file(const string& folder, const string& beginning) {
   std::set<string> found;
   std::error_code no_folder;
   for (const auto& entry : fs::directory_iterator(folder, no_folder))
     if (entry.path().filename().string().rfind(beginning, 0) == 0) found.insert(entry.path().string());
   return found.empty() ? "" : *found.begin();
 }
-static Images read_mnist(const string& folder, const string& set) {
+Images read_mnist(const string& folder, const string& set) {
   string images_path = find_file(folder, set + "-images"), labels_path = find_file(folder, set + "-labels");
   if (images_path.empty() || labels_path.empty())
     fail_in(folder,
@@ -1241,8 +1224,8 @@ static Images read_mnist(const string& folder, const string& set) {
   Images images;
   images.pixel = read_idx(images_path, size);
   images.label = read_idx(labels_path, labels);
-  images.count = int(size[0]);
-  images.pixels = int(size[1] * size[2]);
+  images.count = size[0];
+  images.pixels = size[1] * size[2];
   if (labels[0] != size[0]) fail_in(labels_path, format("%u labels for %u images", labels[0], size[0]));
   int largest = *std::max_element(images.label.begin(), images.label.end());
   if (largest >= images.classes)
@@ -1251,17 +1234,8 @@ static Images read_mnist(const string& folder, const string& set) {
 }
 Dataset load_dataset(const string& folder) {
   string train = folder + "/train.png", test = folder + "/test.png";
-  Dataset data;
-  if (fs::exists(train) || fs::exists(test)) {
-    data = {read_sheet(train), read_sheet(test), "sheets " + train + ", " + test};
-    if (!find_file(folder, "train-images").empty()) data.what += " (MNIST's files are there too; the sheets win)";
-  } else {
-    data = {read_mnist(folder, "train"), read_mnist(folder, "t10k"), "MNIST's files in " + folder};
-  }
-  if (data.train.pixels != data.test.pixels)
-    fail_in(folder, format("training images of %d pixels, test images of %d: use one kind", data.train.pixels,
-                           data.test.pixels));
-  return data;
+  if (fs::exists(train) || fs::exists(test)) return {read_sheet(train), read_sheet(test), "sheets in " + folder};
+  return {read_mnist(folder, "train"), read_mnist(folder, "t10k"), "MNIST's files in " + folder};
 }
 
 // ==== 5.2 Checkpoints: safetensors, which PyTorch's users exchange ====
@@ -1311,7 +1285,7 @@ struct Header {  // reads that JSON: objects of objects, strings, lists of whole
   }
 };
 // Its value stays empty where it is passed over: scalars, empty tensors and whole numbers are other programs' counters.
-static SavedTensor read_tensor(Header& header, const string& name, const uint8_t* numbers, size_t size) {
+SavedTensor read_tensor(Header& header, const string& name, const uint8_t* numbers, size_t size) {
   static const string dtypes[] = {"F32", "F16", "BF16"};  // in the order of Type
   string dtype;
   vector<uint64_t> shape, offsets;
@@ -1326,14 +1300,14 @@ static SavedTensor read_tensor(Header& header, const string& name, const uint8_t
   if (header.used > size) header.damaged("overlapping tensors");  // many could ask for more memory than there is
   SavedTensor tensor{name, {shape.begin(), shape.end()}, {}};
   double count = 1;  // exact up to 2^53, and no file is larger
-  for (const uint64_t n : shape) count *= double(n);
+  for (const uint64_t n : shape) count *= n;
   if (shape.empty() || count == 0 || dtype[0] == 'I' || dtype[0] == 'U' || dtype == "BOOL") return tensor;
-  int type = int(std::find(dtypes, dtypes + 3, dtype) - dtypes);
+  int type = std::find(dtypes, dtypes + 3, dtype) - dtypes;
   if (type == 3)
     fail_in(header.path, format("%s is %s, not F32, F16 or BF16: convert it", name.c_str(), dtype.c_str()));
   Bytes raw(numbers + offsets[0], numbers + offsets[1]);  // aligned, as they may not be in the file
-  if (count * (type == 0 ? 4 : 2) != double(raw.size())) header.damaged("the shape of " + name);
-  for (size_t i = 0; i < size_t(count); i++) tensor.value.push_back(number_at(raw.data(), Type(type), i));
+  if (count * (type == 0 ? 4 : 2) != raw.size()) header.damaged("the shape of " + name);
+  for (size_t i = 0; i < count; i++) tensor.value.push_back(number_at(raw.data(), Type(type), i));
   return tensor;
 }
 SafeTensors read_safetensors(const string& path) {
@@ -1356,9 +1330,9 @@ SafeTensors read_safetensors(const string& path) {
   if (header.used != size || header.next() != 0) header.damaged("there is more in it than its tensors");
   return result;
 }
-template <class T> static string joined(const vector<T>& items) {  // 784,128,10
+template <class T> string joined(const vector<T>& items, char between = ',') {  // 784,128,10
   string text;
-  for (const T& item : items) text += "," + to_string(item);
+  for (const T& item : items) text += between + to_string(item);
   return text.substr(1);
 }
 void write_safetensors(const string& path, const SafeTensors& file) {
@@ -1474,12 +1448,12 @@ void understand(Options& o) {
   o.loss = Loss(choice(o, "loss"));
   o.shuffle = choice(o, "shuffle");
   o.dynamic = o["loss-scale"] == "dynamic";
-  o.scale = float(number(o, o.dynamic ? "scale-init" : "loss-scale", 1e-30, 3e38));
-  o.growth_interval = int(number(o, "growth-interval", 1, 2e9, true));
-  o.epochs = int(number(o, "epochs", 1, 1e6, true));
-  o.batch = int(number(o, "batch", 1, 1e6, true));
-  o.lr = float(number(o, "lr", 1e-30, 3e38));
-  o.seed = uint64_t(number(o, "seed", 0, 9e15, true));
+  o.scale = number(o, o.dynamic ? "scale-init" : "loss-scale", 1e-30, 3e38);
+  o.growth_interval = number(o, "growth-interval", 1, 2e9, true);
+  o.epochs = number(o, "epochs", 1, 1e6, true);
+  o.batch = number(o, "batch", 1, 1e6, true);
+  o.lr = number(o, "lr", 1e-30, 3e38);
+  o.seed = number(o, "seed", 0, 9e15, true);
   string update = "--update " + o["update"] + " with --precision " + o["precision"] + ": ";
   if (o.precision == Type::fp32 && o.update != Update::master) misuse(update + "fp32 weights lose nothing to rounding");
   if (o.automatic && o.update != Update::master) misuse(update + "a layer needs its fp32 master to move");
@@ -1504,7 +1478,7 @@ void take_words(Options& o, const string& command, const vector<string>& words) 
     if (equals != word.npos) value = word.substr(equals + 1);
     else if (i + 1 < words.size()) value = words[++i];
     if (!strstr(option.commands, command.c_str())) misuse(name + " is not an option of mp " + command);
-    if (o.has(option.name)) misuse(name + " is given twice");
+
     if (value.empty() || value.rfind("--", 0) == 0) misuse(name + " needs a value: " + option.values);
     o.text[option.name] = value;
     o.given.push_back(option.name);
@@ -1536,16 +1510,15 @@ struct Training {
   Batch batch;
   shared_ptr<uint8_t> pixels, labels;  // of the training images, on the device
   shared_ptr<int> order;
-  Graph graph;                                           // of a step
+  Graph graph;
   double mean_loss = 0, test_accuracy = 0, seconds = 0;  // of the last epoch
 };
 string state_text(const Training& t) {
   const StepState& s = t.state;
   vector<int> map;
   for (int l = 1; l <= t.net.L; l++) map.push_back(t.net.layer[l].clean_probes);
-  return format("epoch %d step %u scale %.9g tracker %d skipped %d map ", t.epoch, s.step, s.scale, s.growth_tracker,
-                s.skipped) +
-         joined(map);
+  return format("epoch %d step %u scale %.9g tracker %d skipped %d map %s", t.epoch, s.step, s.scale, s.growth_tracker,
+                s.skipped, joined(map).c_str());
 }
 void read_state(const string& text, const string& path, Training& t) {
   StepState& s = t.state;
@@ -1555,9 +1528,8 @@ void read_state(const string& text, const string& path, Training& t) {
   vector<int> map = whole_numbers(text.substr(map_at));
   map.resize(t.net.L, -1);
   for (int l = 1; l <= t.net.L; l++) t.net.layer[l].clean_probes = std::clamp(map[l - 1], 0, 2);
-  if (state_text(t) != text || t.epoch < 0 || s.growth_tracker < 0 || s.skipped < 0 || !(s.scale > 0) ||
-      std::isinf(s.scale))
-    fail_in(path, "its mp.state '" + text + "' is damaged");
+  bool possible = min({t.epoch, s.growth_tracker, s.skipped}) >= 0 && s.scale > 0 && std::isfinite(s.scale);
+  if (state_text(t) != text || !possible) fail_in(path, "its mp.state '" + text + "' is damaged");
 }
 void save_checkpoint(const string& path, const Training& t) {
   string words;
@@ -1590,12 +1562,12 @@ string remembered_options(const string& path) {
 // The tensors of a layer as any program may have saved it, by the last part of their names: weight [out, in], and bias
 // [out] or none. `compensation` is mp's own.
 using Linear = std::map<string, const SavedTensor*>;
-// A key to sort names by: every number is as long as the others, so that fc2 comes before fc10.
+// A key to sort names by: numbers are preceded by their length, so that fc2 comes before fc10.
 string natural_order(const string& name) {
   string key;
   for (size_t i = 0; i < name.size(); i++) {
     size_t digits = strspn(&name[i], "0123456789");
-    if (digits > 0 && digits < 20 && (i == 0 || !isdigit(uint8_t(name[i - 1])))) key.append(20 - digits, '0');
+    if (digits > 0) key += char(digits);
     key += name[i];
   }
   return key;
@@ -1634,7 +1606,7 @@ Training open_network(const Options& options, const string& path) {
     file = read_safetensors(path);
     layers = linear_layers(file, path);
     vector<int> sizes = {int(layers[0]["weight"]->shape[1])};
-    for (Linear& layer : layers) sizes.push_back(int(layer["weight"]->shape[0]));
+    for (Linear& layer : layers) sizes.push_back(layer["weight"]->shape[0]);
     if (o.has("layers") && sizes != o.layers)
       fail_in(path, "holds layers " + joined(sizes) + ", not --layers " + o["layers"]);
     o.layers = sizes;
@@ -1663,19 +1635,15 @@ Training open_network(const Options& options, const string& path) {
     set_parameters(layer, layers[i]["weight"]->value, bias ? bias->value : vector<float>(layer.b.cols));
     if (!ours || !compensation || !layer.compensation.memory) continue;
     if (int(compensation->value.size()) != layer.compensation.cols)
-      fail_in(path, compensation->name + " is damaged: its size is wrong");
+      fail_in(path, compensation->name + " has a wrong size");
     to_device(compensation->value, layer.compensation);
   }
   return t;
 }
 
 // ==== 5.2 The training loop ====
-string dashed(string layers) {  // 784-128-10
-  std::replace(layers.begin(), layers.end(), ',', '-');
-  return layers;
-}
 string describe(const Options& o) {  // in two lines
-  string text = machine() + "\n" + dashed(o["layers"]) + " · ";
+  string text = machine() + "\n" + joined(o.layers, '-') + " · ";
   text += o.automatic ? "auto: fp16 or fp32 by layer" : o["precision"];
   if (o.update != Update::master) text += ", no master, " + o["update"] + " update";
   else if (o.precision != Type::fp32) text += ", fp32 master";
@@ -1690,23 +1658,19 @@ double accuracy(Mlp& net, const Images& test) {  // per cent
   return 100.0 * right / test.count;
 }
 void check_fit(const Options& o, const Images& images) {
-  vector<int> fitting = o.layers;
-  fitting.front() = images.pixels;
-  fitting.back() = images.classes;
-  if (fitting != o.layers)
-    fail_in(o["data"], format("its images of %d pixels and %d classes do not fit layers %s; use --layers %s",
-                              images.pixels, images.classes, o["layers"].c_str(), joined(fitting).c_str()));
+  if (images.pixels != o.layers.front() || images.classes != o.layers.back())
+    fail_in(o["data"], format("its images of %d pixels and %d classes do not fit --layers %s", images.pixels,
+                              images.classes, o["layers"].c_str()));
 }
 Training begin_training(const Options& options, const Dataset& data) {
   Training t = open_network(options, options["init"] + options["resume"]);  // one of them at most
   const Options& o = t.o;
   t.data = data;
   check_fit(o, data.train);
+  check_fit(o, data.test);
   if (o.batch > data.train.count)
     fail_in(o["data"], format("only %d images to train on, --batch %d", data.train.count, o.batch));
   t.steps = data.train.count / o.batch;
-
-  if (t.state.growth_tracker >= o.growth_interval) t.state.growth_tracker = 0;
   t.scaler = o.dynamic ? LossScaler(65536, 2, 0.5f, o.growth_interval) : LossScaler(1, 1, 1, 1);
   t.scaler.history = device_array<StepRecord>(t.steps);
   t.pixels = on_device(data.train.pixel);
@@ -1719,9 +1683,8 @@ Training begin_training(const Options& options, const Dataset& data) {
 void shuffle(Training& t) {
   vector<int> order(t.data.train.count);
   std::iota(order.begin(), order.end(), 0);
-  uint64_t seed = random_bits(t.o.seed, 1u << 20 | unsigned(t.epoch));
-  for (int i = int(order.size()) - 1; t.o.shuffle && i > 0; i--)
-    std::swap(order[i], order[random_bits(seed, i) % unsigned(i + 1)]);
+  uint64_t seed = random_bits(t.o.seed, 1 << 20 | t.epoch);
+  for (int i = order.size() - 1; t.o.shuffle && i > 0; i--) std::swap(order[i], order[random_bits(seed, i) % (i + 1)]);
   CUDA_CHECK(cudaMemcpy(t.order.get(), order.data(), order.size() * sizeof(int), cudaMemcpyHostToDevice));
 }
 // Before an epoch: which layers must be in fp32, and why; which need not any more.
@@ -1771,15 +1734,13 @@ void show_progress(const Training& t, int done) {  // at most ten times a second
 // One epoch. The host does not wait for the device before its end.
 vector<StepRecord> train_epoch(Training& t, bool quiet = false) {
   double start = now_in_seconds();
-
-// Opens the log at its end, after a header and what an old log holds of the steps before this one.
   shuffle(t);
   t.state.position = 0;
   t.scaler.write(t.state);
   if (t.o.automatic) choose_types(t, quiet);
   for (int step = 0; step < t.steps; step++) {
     replay(t.graph, [&] { train_step(t.net, t.batch, t.scaler, t.o.lr); });
-    show_progress(t, step + 1, start);
+    show_progress(t, step + 1);
   }
   t.state = t.scaler.read();
   vector<StepRecord> records(t.state.position + t.state.halted);
@@ -1795,22 +1756,14 @@ vector<StepRecord> train_epoch(Training& t, bool quiet = false) {
 }
 // The step that halted left its tensors as they were. Where is the first number that is not finite?
 string first_not_finite(const Mlp& net) {
-  string found;
-  auto look = [&](const char* name, int l, const Tensor& t) {
-    vector<float> values = to_host(t);
-    for (int i = 0; i < int(values.size()) && found.empty(); i++)
-      if (!std::isfinite(values[i]))
-        found = format("%s of layer %d is %g at row %d, column %d", name, l, values[i], i / t.cols, i % t.cols);
-  };
+  vector<std::tuple<const char*, int, Tensor>> tensors;  // in the order of a step
   for (int l = 1; l <= net.L; l++) {
-    look("W", l, net.layer[l].W);
-    look("b", l, net.layer[l].b);
-    look("a", l, net.layer[l].a);
+    const Layer& layer = net.layer[l];
+    tensors.insert(tensors.end(), {{"W", l, layer.W}, {"b", l, layer.b}, {"a", l, layer.a}});
   }
   for (int l = net.L; l >= 1; l--) {
-    look("delta", l, net.layer[l].delta);
-    look("dW", l, net.layer[l].dW);
-    look("db", l, net.layer[l].db);
+    const Layer& layer = net.layer[l];
+    tensors.insert(tensors.end(), {{"delta", l, layer.delta}, {"dW", l, layer.dW}, {"db", l, layer.db}});
   }
   for (const auto& [name, l, t] : tensors) {
     vector<float> values = to_host(t);
@@ -1818,8 +1771,10 @@ string first_not_finite(const Mlp& net) {
       if (!std::isfinite(values[i]))
         return format("%s of layer %d is %g at row %d, column %d", name, l, values[i], i / t.cols, i % t.cols);
   }
-  return bytes;
+  return "";
 }
+
+// Opens the log at its end, after a header and what an old log holds of the steps before this one.
 FILE* open_log(const Training& t) {
   const string& path = t.o["log"];
   string rows = "step,epoch,loss,loss_scale,found_inf\n";
@@ -1903,8 +1858,8 @@ const struct Setting {
                 {"auto: 16 or 32 by layer", "--precision auto"}};
 void compare(const vector<string>& words, const Options& o) {
   Dataset data = load_dataset(o["data"]);
-  printf("%s\n%s · %s\n\n", machine().c_str(), dashed(o["layers"]).c_str(), data.what.c_str());
-  printf("flushed: gradients that became 0; KiB of weights, activations, gradients\n\n");
+  printf("%s\n%s · %s\n\n", machine().c_str(), joined(o.layers, '-').c_str(), data.what.c_str());
+  printf("flushed: gradients that became 0; KiB of weights, a, gradients; seconds an epoch\n\n");
   printf("%-23s accuracy    loss  skips flushed weights    a grads   sec\n", "");
   for (const Setting& s : settings) {
     Training t = learn(parse("compare", words, s.options), data);
@@ -1913,7 +1868,6 @@ void compare(const vector<string>& words, const Options& o) {
            t.state.skipped, flushed(t), bytes.weights / 1024., bytes.activations / 1024., bytes.gradients / 1024.,
            t.seconds, t.state.halted ? " halted" : "");
   }
-double sum(const Grey& p) { return std::accumulate(p.value.begin(), p.value.end(), 0.); }
 }
 
 // Prints a tensor's exponents, as shares of its non-zero values.
@@ -1966,8 +1920,8 @@ void test(const vector<string>& words, const string& model) {
   printf("\n\ntest accuracy %.2f%%\n", 100.0 * right / data.test.count);
 }
 
-double sum(const vector<float>& values) { return std::accumulate(values.begin(), values.end(), 0.); }
 using Grey = Picture<float>;
+double sum(const Grey& p) { return std::accumulate(p.value.begin(), p.value.end(), 0.); }
 // How the camera was held: EXIF's entry 0x112, one 16-bit number, in either order of bytes. 1 where a file has none.
 int orientation(const Bytes& file) {
   for (const auto& [entry, at] : {std::pair("\x12\1\3\0\1\0\0\0", 8), std::pair("\1\x12\0\3\0\0\0\1", 9)}) {
@@ -2023,7 +1977,6 @@ bool find_ink(Grey& p) {
   double grain = sorted[count / 4];
   auto above = std::lower_bound(sorted.begin(), sorted.end(), (grain + sorted.back()) / 2);
   double ink = std::accumulate(above, sorted.end(), 0.) / (sorted.end() - above) - grain;
-  return true;
   for (float& x : p.value) x = std::clamp((12 * (x - grain) / ink - 1) / 11, 0., 1.);
   return ink > 28;
 }
@@ -2078,6 +2031,7 @@ bool keep_digit(Grey& p, const string& path) {
       fail_in(path, "more than one digit, far apart: cut it up, a picture each");
   }
   p = only;
+  return true;
 }
 // [side, side] as in MNIST: the ink fitted into 20/28, its centre of mass at centre/28 (MNIST's are at 14.5, data/'s at 14)
 Grey fitted(const Grey& p, int side, double centre) {
@@ -2233,13 +2187,14 @@ void print_help() {
     if (*option.initial) printf(" [%s]", option.initial);
     printf("\n      %s\n", option.help);
   }
-  printf("\nMP_GEMM=naive|tiled|mma picks a rung of the matrix product; MP_THREADS=N uses\n");
-  printf("N threads of a CPU; MP_ORDER=forward|backward|N orders a block's threads.\n");
+  printf(
+      "\nMP_GEMM=naive|tiled|mma picks a rung of the matrix product; MP_THREADS=N uses\n"
+      "N threads of a CPU; MP_ORDER=forward|backward|N orders a block's threads.\n");
 }
 int run_command(const string& command, const vector<string>& words) {  // returns the program's exit status
   Options o = parse(command, words);
   size_t files = o.files.size();
-  if (command == "train" && files == 0) train(words);
+  if (command == "train" && files == 0) train(words, o);
   else if (command == "test" && files == 1) test(words, o.files[0]);
   else if (command == "compare" && files == 0) compare(words, o);
   else if (command == "histogram" && files == 0) histogram(words);

@@ -54,9 +54,9 @@ struct Tensor {
   template <class T> T* as() const { return reinterpret_cast<T*>(memory.get()); }
   size_t bytes() const { return size_t(rows) * size_t(stride) * (type == Type::fp32 ? 4 : 2); }
 };
-Tensor make_tensor(int rows, int cols, Type type);                  // zeros; fails if the device has too little memory
-Tensor first_rows(const Tensor& t, int rows);                       // a view of the upper rows
-std::vector<float> to_host(const Tensor& t);                        // [rows * cols], without the padding
+Tensor make_tensor(int64_t rows, int64_t cols, Type type);  // zeros; fails if empty, or too large for the device
+Tensor first_rows(const Tensor& t, int rows);               // a view of the upper rows
+std::vector<float> to_host(const Tensor& t);                // [rows * cols], without the padding
 void to_device(const std::vector<float>& values, const Tensor& t);  // [rows * cols], each rounded to t's type
 
 // ---- The matrix products (one operation, three layouts; fp32 sums) ----
@@ -111,8 +111,8 @@ struct Mlp {
 };
 Mlp make_mlp(const std::vector<int>& sizes, int batch, Type type, Update update);  // fails on a size below 1
 void set_types(Mlp& net, const std::vector<Type>& types);  // [L] of layer 1 to L, with master weights (or all one)
-struct Footprint {  // bytes of device memory, padding included; activations: every a; gradients: every delta, dW, db
-  size_t weights = 0, master = 0, compensation = 0, activations = 0, gradients = 0;
+struct Footprint {  // bytes, padding included; weights: with master, compensation; gradients: every delta, dW, db
+  size_t weights = 0, activations = 0, gradients = 0;
 };
 Footprint footprint(const Mlp& net);
 Tensor kept_W(const Layer& layer);  // views of the parameters as training keeps them: of the master if there is one
