@@ -819,14 +819,6 @@ __attribute__((format(printf, 1, 2))) string format(const char* words, ...) {
   va_end(arguments);
   return text;
 }
-
-void check(cudaError_t error, const char* call, const char* file, int line) {  // a kernel's error: at a later call
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // takes the error away; the next launch would report it again
-  bool full = error == cudaErrorMemoryAllocation;
-  fail(format("the device failed: %s (%s:%d: %s); %s", cudaGetErrorString(error), file, line, call,
-              full ? "make --batch or --layers smaller" : "continue with --resume"));
-}
 template <class T> shared_ptr<T> device_array(size_t count) {  // of zeros
   size_t bytes = max(count * sizeof(T), size_t(1));
   void* memory = nullptr;
@@ -1416,7 +1408,7 @@ double number(const Options& o, const char* name, double least, double most, boo
   const string& text = o[name];
   char* end = nullptr;
   double x = std::strtod(text.c_str(), &end);
-  if (isspace(text[0]) || *end || !(x >= least && x <= most) || (whole && x != std::floor(x)))
+  if (*end || !(x >= least && x <= most) || (whole && x != std::floor(x)))
     misuse(
         format("--%s '%s' must be a %snumber from %g to %g", name, text.c_str(), whole ? "whole " : "", least, most));
   return x;
@@ -1478,7 +1470,6 @@ void take_words(Options& o, const string& command, const vector<string>& words) 
     if (equals != word.npos) value = word.substr(equals + 1);
     else if (i + 1 < words.size()) value = words[++i];
     if (!strstr(option.commands, command.c_str())) misuse(name + " is not an option of mp " + command);
-
     if (value.empty() || value.rfind("--", 0) == 0) misuse(name + " needs a value: " + option.values);
     o.text[option.name] = value;
     o.given.push_back(option.name);
@@ -1517,8 +1508,9 @@ string state_text(const Training& t) {
   const StepState& s = t.state;
   vector<int> map;
   for (int l = 1; l <= t.net.L; l++) map.push_back(t.net.layer[l].clean_probes);
-  return format("epoch %d step %u scale %.9g tracker %d skipped %d map %s", t.epoch, s.step, s.scale, s.growth_tracker,
-                s.skipped, joined(map).c_str());
+  string numbers = format("epoch %d step %u scale %.9g tracker %d skipped %d map ", t.epoch, s.step, s.scale,
+                          s.growth_tracker, s.skipped);
+  return numbers + joined(map);
 }
 void read_state(const string& text, const string& path, Training& t) {
   StepState& s = t.state;
@@ -1528,7 +1520,8 @@ void read_state(const string& text, const string& path, Training& t) {
   vector<int> map = whole_numbers(text.substr(map_at));
   map.resize(t.net.L, -1);
   for (int l = 1; l <= t.net.L; l++) t.net.layer[l].clean_probes = std::clamp(map[l - 1], 0, 2);
-  bool possible = min({t.epoch, s.growth_tracker, s.skipped}) >= 0 && s.scale > 0 && std::isfinite(s.scale);
+  bool possible = min({t.epoch, s.growth_tracker, s.skipped}) >= 0 && s.growth_tracker < 2e9 && s.scale > 0 &&
+                  std::isfinite(s.scale);
   if (state_text(t) != text || !possible) fail_in(path, "its mp.state '" + text + "' is damaged");
 }
 void save_checkpoint(const string& path, const Training& t) {
@@ -1562,12 +1555,12 @@ string remembered_options(const string& path) {
 // The tensors of a layer as any program may have saved it, by the last part of their names: weight [out, in], and bias
 // [out] or none. `compensation` is mp's own.
 using Linear = std::map<string, const SavedTensor*>;
-// A key to sort names by: numbers are preceded by their length, so that fc2 comes before fc10.
+// A key to sort names by: each digit after the count of those left, so that fc2 comes before fc10.
 string natural_order(const string& name) {
   string key;
   for (size_t i = 0; i < name.size(); i++) {
     size_t digits = strspn(&name[i], "0123456789");
-    if (digits > 0) key += char(digits);
+    if (digits > 0) key += char('0' + digits);
     key += name[i];
   }
   return key;
@@ -1659,8 +1652,8 @@ double accuracy(Mlp& net, const Images& test) {  // per cent
 }
 void check_fit(const Options& o, const Images& images) {
   if (images.pixels != o.layers.front() || images.classes != o.layers.back())
-    fail_in(o["data"], format("its images of %d pixels and %d classes do not fit --layers %s", images.pixels,
-                              images.classes, o["layers"].c_str()));
+    fail_in(o["data"],
+            format("its images need layers %d,...,%d, not %s", images.pixels, images.classes, o["layers"].c_str()));
 }
 Training begin_training(const Options& options, const Dataset& data) {
   Training t = open_network(options, options["init"] + options["resume"]);  // one of them at most
@@ -1774,20 +1767,20 @@ string first_not_finite(const Mlp& net) {
   return "";
 }
 
-// Opens the log at its end, after a header and what an old log holds of the steps before this one.
+// Opens the log at its end. Of an old one are kept the header and the rows of the steps before this one.
 FILE* open_log(const Training& t) {
-  const string& path = t.o["log"];
-  string rows = "step,epoch,loss,loss_scale,found_inf\n";
-  bool table = path == "/dev/stdout", file = !table && (!fs::exists(path) || fs::is_regular_file(path));
-  std::ifstream old(file ? path : "");
-  string row;
-  if (std::getline(old, row) && row + "\n" != rows) fail_in(path, "is there, and no log: name another file for --log");
-  while (std::getline(old, row))
-    if (std::strtoul(row.c_str(), nullptr, 10) < t.state.step) rows += row + "\n";
-  if (file) write_file(path, rows);
-  FILE* log = table ? stdout : fopen(path.c_str(), "a");  // opened anew it would overwrite the table
+  const string &path = t.o["log"], header = "step,epoch,loss,loss_scale,found_inf";
+  FILE* log = path == "/dev/stdout" ? stdout : fopen(path.c_str(), "a");  // opened anew it would overwrite the table
   if (!log) fail_in(path, format("%s; name another file for --log", strerror(errno)));
-  if (!file) fputs(rows.c_str(), log);
+  bool file = log != stdout && fs::is_regular_file(path);
+  size_t kept = 0;  // bytes
+  std::ifstream old(file ? path : "");
+  for (string row; std::getline(old, row); kept += row.size() + 1) {
+    if (kept == 0 && row != header) fail_in(path, "is there, and no log: name another file for --log");
+    if (old.eof() || (kept > 0 && std::strtoul(row.c_str(), nullptr, 10) >= t.state.step)) break;  // eof: cut short
+  }
+  if (file) fs::resize_file(path, kept);
+  if (file ? kept == 0 : t.state.step == 0) fprintf(log, "%s\n", header.c_str());
   return log;
 }
 void write_log(FILE* log, const Training& t, const vector<StepRecord>& records) {
@@ -1803,6 +1796,7 @@ void train(const vector<string>& words, Options o) {
   if (!resume.empty()) o = parse("train", words, remembered_options(resume));
   string save = o["save"].empty() ? resume : o["save"];
   if (!save.empty()) check_writable(save);
+  if (!save.empty() && o["log"] == save) misuse("--log and --save name one file: " + save);
   Training t = begin_training(o, load_dataset(o["data"]));
   FILE* log = o["log"].empty() ? nullptr : open_log(t);
   printf("%s\n%s: %d images to train on, %d to test\n", describe(t.o).c_str(), t.data.what.c_str(), t.data.train.count,
@@ -1947,7 +1941,7 @@ Grey read_grey(const string& path) {
       const uint8_t* pixel = &from.value[2 * (size_t(y) * from.width + x)];
       for (int c : {0, 1}) channel[c].value[j * grey.width + i] += pixel[c] / float(step * step);
     }
-  return channel[sum(channel[1]) < 127.5 * width * height];
+  return sum(channel[1]) < 127.5 * width * height ? channel[1] : channel[0];
 }
 // Each pixel becomes the greatest, or the least, of the square that reaches that far from it.
 Grey extreme(const Grey& p, int reach, bool greatest, int passes = 2) {
@@ -2010,16 +2004,16 @@ vector<Piece> find_pieces(Grey p) {  // all but specks
   }
   return pieces;
 }
-// Leaves the digit: the piece with most ink and what lies near it. Pieces at the edge or round others: only if alone.
+// Leaves the piece with most ink and what lies near it; pieces at the edge or round others only where nothing else is.
 bool keep_digit(Grey& p, const string& path) {
-  vector<Piece> clear, all = find_pieces(p);
+  vector<Piece> clear, doubtful, all = find_pieces(p);
   for (const Piece& a : all) {
     bool odd = a.left == 0 || a.top == 0 || a.right == p.width || a.bottom == p.height;
     for (const Piece& b : all)
       if (a.left < b.left && b.right < a.right && a.top < b.top && b.bottom < a.bottom) odd |= b.size() > .2 * a.size();
-    if (!odd) clear.push_back(a);
+    if (!odd || a.size() > .5 * max(p.width, p.height)) (odd ? doubtful : clear).push_back(a);
   }
-  if (clear.empty()) clear = all;
+  if (clear.empty()) clear = doubtful;
   if (clear.empty()) return false;
   Piece digit = *std::max_element(clear.begin(), clear.end(), [](auto& a, auto& b) { return a.ink < b.ink; });
   Grey only{p.width, p.height, vector<float>(p.value.size())};
@@ -2036,11 +2030,11 @@ bool keep_digit(Grey& p, const string& path) {
 // [side, side] as in MNIST: the ink fitted into 20/28, its centre of mass at centre/28 (MNIST's are at 14.5, data/'s at 14)
 Grey fitted(const Grey& p, int side, double centre) {
   Piece ink;
-  double x_sum = 0, y_sum = 0, mass = sum(p);
+  double x_sum = 0, y_sum = 0, mass = sum(p), most = *std::max_element(p.value.begin(), p.value.end());
   for (int i = 0; i < int(p.value.size()); i++) {
     x_sum += p.value[i] * (i % p.width + .5);
     y_sum += p.value[i] * (i / p.width + .5);
-    if (p.value[i] >= .25) ink.add(p, i);
+    if (p.value[i] >= .25 * most) ink.add(p, i);
   }
   double step = ink.size() * 28 / (20 * side), middle = step * side * centre / 28;
   Grey to{side, side, {}};

@@ -212,7 +212,7 @@ struct TileSize {
 };
 // ---- On an NVIDIA GPU, compiled by nvcc ----
 #if defined(__CUDACC__)
-#define CUDA_CHECK(call) check(call, #call, __FILE__, __LINE__)
+#define CUDA_CHECK(call) check(call, #call)
 constexpr int loss_threads = 512, row_threads = 64, column_threads = 64, element_threads = 256;
 constexpr int elements_per_block = 2048;
 // gemm_tiled: what a block computes (large where that keeps the machine busy), what a thread computes, how much of it at
@@ -289,7 +289,11 @@ __device__ inline void copy_commit() {}
 template <int n> __device__ inline void copy_wait() {}
 #endif
 // clang-format on
-void check(cudaError_t error, const char* call, const char* file, int line);
+inline void check(cudaError_t error, const char* call) {  // of a kernel's error: a later one
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // takes the error away; the next launch would report it again
+  fail(std::string("device: ") + cudaGetErrorString(error) + " (" + call + "); use --resume or a smaller --batch");
+}
 constexpr bool real_tensor_cores = true;
 inline const cudaDeviceProp& device() {
   static cudaDeviceProp p = {};
@@ -375,18 +379,14 @@ struct dim3 {
 };
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 // The runtime calls of mp.cu. Device memory is ordinary memory.
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
-inline const char* cudaGetErrorString(cudaError_t e) { return e ? "out of memory" : "no error"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaMalloc(void** p, size_t bytes) {
+inline void cudaMalloc(void** p, size_t bytes) {
   static const size_t all = sysconf(_SC_PHYS_PAGES) * size_t(sysconf(_SC_PAGESIZE));
   const size_t large = 1 << 21;  // in pages of 2 MB, so that the processor's TLB needs fewer entries
-  if (bytes >= all || posix_memalign(p, bytes < large ? 64 : large, bytes) != 0) return cudaErrorMemoryAllocation;
+  if (bytes >= all || posix_memalign(p, bytes < large ? 64 : large, bytes) != 0) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
   if (bytes >= large) madvise(*p, bytes, MADV_HUGEPAGE);
 #endif
-  return cudaSuccess;
 }
 inline void cudaFree(void* p) { std::free(p); }
 inline void cudaDeviceSynchronize() {}
@@ -394,7 +394,7 @@ inline void cudaMemset(void* p, int v, size_t bytes) { std::memset(p, v, bytes);
 inline void cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
   std::copy_n((const char*)from, bytes, (char*)to);
 }
-#define CUDA_CHECK(call) static_cast<void>(call)  // only cudaMalloc can fail
+#define CUDA_CHECK(call) call  // nothing to check: cudaMalloc throws
 // Element-wise kernels have one thread a block, with many elements. gemm_tiled's names are explained in the GPU's half.
 constexpr int loss_threads = 32, row_threads = 8, column_threads = 1, element_threads = 1, elements_per_block = 8192;
 constexpr TileSize large_tile = {192, 128}, small_tile = {96, 64};
