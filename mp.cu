@@ -1132,9 +1132,9 @@ void write_file(const string& path, const string& bytes) {
 void check_jpeg(const string& path, const Bytes& file) {
   for (size_t at = 2; at + 4 < file.size();) {
     int marker = file[at] == 0xff ? file[at + 1] : 0;
-    if (marker == 0xd9) return;  // the end
-    size_t end = at + 1;         // of a pixel, or of a restart marker
-    if (marker >= 0xc0 && marker < 0xff && (marker & 0xf8) != 0xd0) end = at + 2 + 256 * file[at + 2] + file[at + 3];
+    if (marker == 0xd9) return;                                                          // the end
+    bool alone = marker < 0xc0 || marker == 0xff || (marker >= 0xd0 && marker <= 0xd8);  // pixel, fill, start, restart
+    size_t end = alone ? at + 1 : at + 2 + 256 * file[at + 2] + file[at + 3];
     for (size_t table = at + 4; marker == 0xc4 && table < min(end, file.size());) {
       int codes = std::accumulate(&file[table] + 1, file.data() + min(table + 17, file.size()), 0);
       if (codes > 256) fail_in(path, format("damaged: the Huffman table at byte %zu", table));

@@ -2698,7 +2698,7 @@ TEST_SUITE("predict") {
                                              {"100 million", png(10001, 10000, "x")},
                                              {"5000 x 5000", png(5000, 5000, "x")},
                                              {"Huffman", huffman},
-                                             {"", "\xff" + huffman}};
+                                             {"Huffman", "\xff\xff" + huffman}};
     for (const auto& [words, bytes] : bad) {
       w.put("bad.png", bytes);
       const Outcome o = w.run("predict m good.png bad.png good.png");
