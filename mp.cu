@@ -623,11 +623,13 @@ void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
 }
 bool tensor_cores(Type type) { return type == Type::fp16 || (type == Type::bf16 && bf16_tensor_cores()); }
 // Large tiles need 96 KiB of shared memory, which a block may have from sm_80 on, and results for every multiprocessor.
+// A CPU does without: half of the time of compiling went into imitating them.
 template <Layout layout, class T> void launch_mma(const Product& p, int splits) {
-  const bool enough = int64_t(p.M) * p.N >= int64_t(multiprocessors()) * 128 * 128;
+  constexpr int side = real_tensor_cores ? 128 : 64;
+  const bool enough = int64_t(p.M) * p.N >= int64_t(multiprocessors()) * side * side;
   const bool large = enough && max_shared_bytes() >= 96 * 1024;
-  const TileSize tile = large ? TileSize{128, 128} : TileSize{64, 64};
-  void (*const kernel)(Product) = large ? gemm_mma_kernel<layout, T, 128, 128> : gemm_mma_kernel<layout, T, 64, 64>;
+  const TileSize tile = large ? TileSize{side, side} : TileSize{64, 64};
+  void (*const kernel)(Product) = large ? gemm_mma_kernel<layout, T, side, side> : gemm_mma_kernel<layout, T, 64, 64>;
   launch_tiles(kernel, p, tile, mma_BK, mma_threads, stages * sizeof(T), splits);
 }
 template <class T> void launch_mma(const Product& p, int splits) {
