@@ -623,7 +623,7 @@ void gemm_tiled(Layout layout, const Tensor& A, const Tensor& B, const Tensor& C
 }
 bool tensor_cores(Type type) { return type == Type::fp16 || (type == Type::bf16 && bf16_tensor_cores()); }
 // Large tiles need 96 KiB of shared memory, which a block may have from sm_80 on, and results for every multiprocessor.
-// A CPU does without: half of the time of compiling went into imitating them.
+// A CPU does without: to imitate them, too, would double the time of compiling.
 template <Layout layout, class T> void launch_mma(const Product& p, int splits) {
   constexpr int side = real_tensor_cores ? 128 : 64;
   const bool enough = int64_t(p.M) * p.N >= int64_t(multiprocessors()) * side * side;
